@@ -1,0 +1,1 @@
+"""Gated SiLU, the activation of Qwen2's MLP."""
