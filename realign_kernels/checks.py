@@ -1,0 +1,86 @@
+"""Checks shared by the ops on packed samples. L packed tokens, C channels, B samples.
+
+Shapes, dtypes and devices are always checked. Values (offsets, scales, deviations) are checked where the tensors are
+on a CPU; on another device reading them would stall the launch queue, so there they are the caller's duty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+RENORMS = ("none", "global", "channel", "text_channel")
+
+
+def can_read_values(tensor: Tensor) -> bool:
+    """True where reading the numbers costs no device sync and no graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_first(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless `tensor` is a [L, C] float tensor."""
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be packed tokens by channels, [L, C]")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} has dtype {tensor.dtype}: must be float32, bfloat16, float16 or float64")
+
+
+def check_like(name: str, tensor: Tensor, first_name: str, first: Tensor, *, same_dtype: bool = True) -> None:
+    """Raise ValueError unless `tensor` has the shape, device and (if asked) dtype of `first`."""
+    if tensor.shape != first.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}: must be that of {first_name}, {tuple(first.shape)}"
+        )
+    if tensor.device != first.device:
+        raise ValueError(f"{name} is on {tensor.device}: must be on {first.device} with {first_name}")
+    if same_dtype and tensor.dtype != first.dtype:
+        raise ValueError(f"{name} has dtype {tensor.dtype}: must be that of {first_name}, {first.dtype}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} has dtype {tensor.dtype}: must be float32, bfloat16, float16 or float64")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, first: Tensor) -> int:
+    """Raise ValueError unless `cu_seqlens` is int32 [B+1], 0 to L without going down. Returns B."""
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(
+            f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: must be int32 [B+1], sample offsets from 0 to L"
+        )
+    if cu_seqlens.device != first.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}: must be on {first.device} with the tokens")
+    if can_read_values(cu_seqlens):
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != first.shape[0] or offsets != sorted(offsets):
+            raise ValueError(f"cu_seqlens is {offsets}: must rise from 0 to the number of tokens, {first.shape[0]}")
+    return cu_seqlens.numel() - 1
+
+
+def check_per_sample(name: str, number_B: Tensor, num_samples: int, first: Tensor, minimum: float = -math.inf) -> None:
+    """Raise ValueError unless `number_B` is float32 [B], finite and at least `minimum`."""
+    if number_B.dtype != torch.float32 or number_B.shape != (num_samples,):
+        raise ValueError(
+            f"{name} is {number_B.dtype} {tuple(number_B.shape)}: must be float32 [{num_samples}], one number per sample"
+        )
+    if number_B.device != first.device:
+        raise ValueError(f"{name} is on {number_B.device}: must be on {first.device} with the tokens")
+    if can_read_values(number_B):
+        for sample, number in enumerate(number_B.tolist()):
+            if not math.isfinite(number) or number < minimum:
+                bound = "finite" if minimum == -math.inf else f"finite and at least {minimum:g}"
+                raise ValueError(f"{name}[{sample}] is {number:g}: must be {bound}")
+
+
+def check_renorm(renorm: str | Sequence[str], num_samples: int) -> tuple[str, ...]:
+    """Raise ValueError for an unknown renorm mode. Returns one mode per sample."""
+    renorms = (renorm,) * num_samples if isinstance(renorm, str) else tuple(renorm)
+    if isinstance(renorm, str) and renorm not in RENORMS:
+        raise ValueError(f"renorm is {renorm!r}: must be one of {', '.join(RENORMS)}")
+    if len(renorms) != num_samples:
+        raise ValueError(f"renorm has {len(renorms)} modes: must be one mode, or one per sample ({num_samples})")
+    for sample, mode in enumerate(renorms):
+        if mode not in RENORMS:
+            raise ValueError(f"renorm[{sample}] is {mode!r}: must be one of {', '.join(RENORMS)}")
+    return renorms

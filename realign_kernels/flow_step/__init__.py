@@ -1,0 +1,1 @@
+"""One step of a sampler: `a * x + b * v + std * noise`, per-sample numbers."""

@@ -1,0 +1,1 @@
+"""Guidance and sampler step in one op."""

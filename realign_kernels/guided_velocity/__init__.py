@@ -1,0 +1,1 @@
+"""Text and image guidance of velocities, with per-sample renorm."""
