@@ -1,0 +1,1 @@
+"""BAGEL, architecture only: config, decoder, ViT, autoencoder, weights."""
