@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from realign_kernels import native
 from realign_kernels.checks import check_cu_seqlens, check_first, check_like, check_per_sample
 from realign_kernels.dispatch import choose_impl
 from realign_kernels.flow_step.reference import flow_step_reference
@@ -38,8 +39,10 @@ def flow_step(
     """
     check_first("velocity_LC", velocity_LC)
     check_step(sample_LC, "velocity_LC", velocity_LC, cu_seqlens, a_B, b_B, std_B, noise_LC)
-    choose_impl("flow_step", impl, (sample_LC, velocity_LC, noise_LC))
-    return flow_step_reference(sample_LC, velocity_LC, cu_seqlens, a_B, b_B, std_B, noise_LC)
+    run = flow_step_reference
+    if choose_impl("flow_step", impl, (sample_LC, velocity_LC, noise_LC)) == "cpp":
+        run = native.flow_step_cpp
+    return run(sample_LC, velocity_LC, cu_seqlens, a_B, b_B, std_B, noise_LC)
 
 
 def check_step(

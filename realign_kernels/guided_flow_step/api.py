@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from realign_kernels import native
 from realign_kernels.dispatch import choose_impl
 from realign_kernels.flow_step.api import check_step
 from realign_kernels.guided_flow_step.reference import guided_flow_step_reference
@@ -43,10 +44,11 @@ def guided_flow_step(
     Raises: ValueError naming the argument and its value.
     """
     branches = (cond_LC, text_uncond_LC, image_uncond_LC)
-    renorms = check_guidance(*branches, cu_seqlens, text_scale_B, image_scale_B, renorm, renorm_min_B)
-    check_step(sample_LC, "cond_LC", cond_LC, cu_seqlens, a_B, b_B, std_B, noise_LC)
-    choose_impl("guided_flow_step", impl, (sample_LC, *branches, noise_LC))
+    scales = (cu_seqlens, text_scale_B, image_scale_B)
     step = (a_B, b_B, std_B, noise_LC)
-    return guided_flow_step_reference(
-        sample_LC, *branches, cu_seqlens, text_scale_B, image_scale_B, *step, renorms, renorm_min_B
-    )
+    renorms = check_guidance(*branches, *scales, renorm, renorm_min_B)
+    check_step(sample_LC, "cond_LC", cond_LC, cu_seqlens, *step)
+    if choose_impl("guided_flow_step", impl, (sample_LC, *branches, noise_LC)) == "cpp":
+        codes = [native.RENORM_CODES[mode] for mode in renorms]
+        return native.guided_flow_step_cpp(sample_LC, *branches, *scales, *step, codes, renorm_min_B)
+    return guided_flow_step_reference(sample_LC, *branches, *scales, *step, renorms, renorm_min_B)

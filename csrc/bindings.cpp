@@ -1,0 +1,56 @@
+// The Python module realign_kernels._C. No torch here: arrays come as addresses, checked by realign_kernels.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "guided_flow_step.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// A member that holds an address, as a Python integer.
+template <typename Member>
+void def_address(py::class_<realign::FlowParams>& params, const char* name, Member member) {
+  params.def_property(
+      name, [member](const realign::FlowParams& self) { return reinterpret_cast<uintptr_t>(self.*member); },
+      [member](realign::FlowParams& self, uintptr_t address) {
+        self.*member = reinterpret_cast<std::decay_t<decltype(self.*member)>>(address);
+      });
+}
+
+template <typename Member>
+void def_dtype(py::class_<realign::FlowParams>& params, const char* name, Member member) {
+  params.def_property(
+      name, [member](const realign::FlowParams& self) { return int(self.*member); },
+      [member](realign::FlowParams& self, int code) { self.*member = realign::Dtype(code); });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled CPU paths of realign_kernels.";
+  using realign::FlowParams;
+  py::class_<FlowParams> params(m, "FlowParams");
+  params.def(py::init<>())
+      .def_readwrite("num_tokens", &FlowParams::num_tokens)
+      .def_readwrite("num_channels", &FlowParams::num_channels)
+      .def_readwrite("num_samples", &FlowParams::num_samples)
+      .def_readwrite("num_threads", &FlowParams::num_threads)
+      .def_readwrite("renorm", &FlowParams::renorm);
+  def_dtype(params, "velocity_dtype", &FlowParams::velocity_dtype);
+  def_dtype(params, "sample_dtype", &FlowParams::sample_dtype);
+  def_address(params, "cu_seqlens", &FlowParams::cu_seqlens);
+  def_address(params, "out", &FlowParams::out);
+  def_address(params, "cond", &FlowParams::cond);
+  def_address(params, "text_uncond", &FlowParams::text_uncond);
+  def_address(params, "image_uncond", &FlowParams::image_uncond);
+  def_address(params, "text_scale", &FlowParams::text_scale);
+  def_address(params, "image_scale", &FlowParams::image_scale);
+  def_address(params, "renorm_min", &FlowParams::renorm_min);
+  def_address(params, "sample", &FlowParams::sample);
+  def_address(params, "noise", &FlowParams::noise);
+  def_address(params, "a", &FlowParams::a);
+  def_address(params, "b", &FlowParams::b);
+  def_address(params, "std", &FlowParams::std);
+  m.def("guided_flow_step", &realign::guided_flow_step, py::call_guard<py::gil_scoped_release>());
+}
