@@ -1,0 +1,74 @@
+"""The Qwen2 tokenizer with BAGEL's four marker tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+# What a folder may hold of a tokenizer; those that are there are kept, and written again by `save`.
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+MARKERS = {
+    "bos": "<|im_start|>",
+    "eos": "<|im_end|>",
+    "start_of_image": "<|vision_start|>",
+    "end_of_image": "<|vision_end|>",
+}
+
+
+class Tokenizer:
+    """Text to ids and back. `bos` and `eos` frame a turn of text, `start_of_image` and `end_of_image` a picture.
+
+    The markers are added where the folder's vocabulary lacks them, in this order, behind its last id.
+    """
+
+    def __init__(self, backend: Any, files: dict[str, bytes]) -> None:
+        backend.add_tokens([token for token in MARKERS.values() if token not in backend.get_vocab()])
+        self._backend = backend
+        self._files = files
+        self.bos, self.eos, self.start_of_image, self.end_of_image = (
+            backend.convert_tokens_to_ids(token) for token in MARKERS.values()
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """From a folder with `vocab.json` and `merges.txt`, or `tokenizer.json`; nothing is fetched.
+
+        Raises `ValueError` naming the folder where they are missing or cannot be read.
+        """
+        from transformers import Qwen2Tokenizer  # imported late: slow, and the model alone does not need it
+
+        folder = Path(folder)
+        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files.keys():
+            raise ValueError(f"{folder}: no tokenizer: expected vocab.json and merges.txt, or tokenizer.json")
+        try:
+            backend = Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{folder}: the tokenizer files cannot be read: {error}") from error
+        return cls(backend, files)
+
+    def __len__(self) -> int:
+        """One more than the largest id."""
+        return max(self._backend.get_vocab().values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone, without markers around it."""
+        return self._backend.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of the ids, markers included."""
+        return self._backend.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files that it was loaded from."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self._files.items():
+            (folder / name).write_bytes(content)
