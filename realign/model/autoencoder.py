@@ -1,10 +1,11 @@
 """The FLUX autoencoder: pixels to latents and back.
 
-Module names are the published key names (`ae.safetensors`), so weights load and save without renaming. diffusers'
-`AutoencoderKL` computes the same function, and was compared (`tests/model/test_autoencoder.py`); it is not used
-because it cannot hold these weights as they are: it keeps the middle attention's 1x1 convolutions as linear layers,
-numbers the decoder's levels backwards, and ties the width of `conv_in` to the first level, so that `ch_mult[0] != 1`
-has no counterpart. It would also add some 3.5 s to every start of a program.
+Module names are the published key names (`ae.safetensors`), so weights load and save without renaming.
+diffusers' `AutoencoderKL` computes the same function, and was compared (`tests/model/test_autoencoder.py`);
+it is not used because it cannot hold these weights as they are: it keeps the middle attention's 1x1
+convolutions as linear layers, numbers the decoder's levels backwards, and ties the width of `conv_in` to the
+first level, so that `ch_mult[0] != 1` has no counterpart. It would also add some 3.5 s to every start of a
+program.
 
 Shapes: `B` pictures, `C` channels, `H`, `W` sides; latents are `downsample` times smaller per side.
 """
@@ -155,7 +156,7 @@ class Middle(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """`x + conv(silu(norm(conv(silu(norm(x))))))`, with a 1x1 convolution on the shortcut where widths differ."""
+    """`x + conv(silu(norm(conv(silu(norm(x))))))`; the shortcut is a 1x1 convolution where widths differ."""
 
     def __init__(self, width_in: int, width_out: int, num_groups: int) -> None:
         super().__init__()

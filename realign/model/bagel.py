@@ -1,7 +1,7 @@
 """BAGEL: text, ViT and latent tokens in one decoder; logits and flow velocities out of it.
 
-Shapes: `L` packed tokens, `E` width, `P` numbers in a ViT patch, `C` numbers in a latent token (in `CHW`: channels),
-`V` vocabulary.
+Shapes: `L` packed tokens, `E` width, `P` numbers in a ViT patch, `C` numbers in a latent token (in `CHW`:
+channels), `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class Bagel(nn.Module):
         model.tokenizer = Tokenizer.load(folder)
         if len(model.tokenizer) > config.llm.vocab_size:
             raise ValueError(
-                f"{folder}: the tokenizer has ids up to {len(model.tokenizer) - 1}, the model {config.llm.vocab_size} "
-                f"embeddings: they do not belong together"
+                f"{folder}: the tokenizer has ids up to {len(model.tokenizer) - 1}, the model "
+                f"{config.llm.vocab_size} embeddings: they do not belong together"
             )
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write configs, tokenizer and weights, so that `from_pretrained(folder)` gives this model bit for bit."""
+        """Write configs, tokenizer and weights; `from_pretrained(folder)` gives this model bit for bit."""
         if self.tokenizer is None:
             raise ValueError(
                 "this model has no tokenizer: set model.tokenizer = Tokenizer.load(folder) before saving"
@@ -95,7 +95,7 @@ class Bagel(nn.Module):
     def embed_vit(
         self, patches_LP: torch.Tensor, position_L: torch.Tensor, cu_seqlens: torch.Tensor
     ) -> torch.Tensor:
-        """Packed picture patches to [L, E]: ViT, connector, position (arguments as of `VisionTransformer.forward`)."""
+        """Packed picture patches to [L, E]: `VisionTransformer.forward`, connector, position."""
         hidden_LE = self.connector(self.vit(patches_LP, position_L, cu_seqlens))
         return hidden_LE + self.vit_position(position_L)
 
@@ -122,8 +122,10 @@ class Bagel(nn.Module):
         return self.llm2vae(hidden_LE)
 
     def _initialise(self) -> None:
-        """Normal weights, zero biases, a velocity of zero, and a generation expert that begins as a copy of the
-        understanding one. The autoencoder keeps torch's own initialisation."""
+        """Normal weights, zero biases, a velocity of zero; the generation expert copies the understanding one.
+
+        The autoencoder keeps torch's own initialisation.
+        """
         std = self.config.llm.initializer_range
         for name, module in self.named_modules():
             if name.startswith("autoencoder."):
@@ -150,7 +152,7 @@ def patchify_latent(latent_CHW: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def unpatchify_latent(latent_LC: torch.Tensor, height: int, width: int, patch_size: int) -> torch.Tensor:
-    """The reverse of `patchify_latent` for a grid of `height` x `width` tokens: [C, height * p, width * p]."""
+    """The reverse of `patchify_latent`: a grid of `height` x `width` tokens to [C, height * p, width * p]."""
     if len(latent_LC) != height * width:
         raise ValueError(f"{len(latent_LC)} tokens are not a grid of {height}x{width}")
     grid = latent_LC.reshape(height, width, patch_size, patch_size, -1)

@@ -109,8 +109,7 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class ResizeRule:
-    """How a reference picture is fitted: long side at most `max_size`, short side at least `min_size`, both
-    multiples of `stride` (pixels)."""
+    """How a reference picture is fitted: its largest and smallest side, and their common divisor (pixels)."""
 
     max_size: int
     min_size: int
@@ -255,8 +254,8 @@ def _load_autoencoder(folder: Path, main: Mapping[str, Any]) -> AutoencoderConfi
         if hasattr(config, key) and getattr(config, key) != value:
             source = path if path.exists() else "the FLUX autoencoder"
             raise ValueError(
-                f"{folder / 'config.json'}: vae_config says {key} {value}, {source} says {getattr(config, key)}: "
-                f"describe the autoencoder in ae_config.json"
+                f"{folder / 'config.json'}: vae_config says {key} {value}, {source} says "
+                f"{getattr(config, key)}: describe the autoencoder in ae_config.json"
             )
     return config
 

@@ -29,7 +29,7 @@ def find_activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class TimestepEmbedder(nn.Module):
-    """Flow time to model width: `[cos(t w), sin(t w)]`, `w_i = 10000^(-i / 128)`, then a two-layer MLP (DiT)."""
+    """Flow time to model width, as DiT: `[cos(t w), sin(t w)]`, `w_i = 10000^(-i / 128)`, then an MLP."""
 
     num_features = 256
 
@@ -76,7 +76,7 @@ class Connector(nn.Module):
 
 
 def build_sincos_table(side: int, width: int) -> torch.Tensor:
-    """[side^2, width] float32: sin and cos of the column, then of the row (frequencies `10000^(-4 i / width)`)."""
+    """[side^2, width] float32: sin and cos of the column, then of the row; `w_i = 10000^(-4 i / width)`."""
     quarter = width // 4
     frequency_F = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
     angle_SF = torch.arange(side, dtype=torch.float64)[:, None] * frequency_F
@@ -89,10 +89,10 @@ def build_sincos_table(side: int, width: int) -> torch.Tensor:
 def flattened_position_ids(
     height: int, width: int, max_per_side: int, interpolate: bool = False
 ) -> torch.Tensor:
-    """Rows of a position table for a grid of `height` x `width` patches, in row-major order, int64 [height * width].
+    """Rows of a position table for a grid of patches, in row-major order: int64 [height * width].
 
-    By default patch (i, j) has row `i * max_per_side + j`; with `interpolate` the grid is stretched over the whole
-    table. Raises `ValueError` where the grid is larger than the table.
+    By default patch (i, j) has row `i * max_per_side + j`; with `interpolate` the grid is stretched over the
+    whole table. Raises `ValueError` where the grid is larger than the table.
     """
     if not 0 < min(height, width) <= max(height, width) <= max_per_side:
         raise ValueError(f"a grid of {height}x{width} patches: each side must be from 1 to {max_per_side}")
@@ -103,7 +103,7 @@ def flattened_position_ids(
 def _side_positions(count: int, max_per_side: int, interpolate: bool) -> torch.Tensor:
     if not interpolate:
         return torch.arange(count)
-    # Which of `max_per_side` equal bins the fraction i / count falls into. In float32 steps, as the checkpoints'
+    # Which of `max_per_side` equal bins the fraction i / count falls into. In float32 steps, as BAGEL's
     # training did it: an exact `i * max_per_side // count` differs where a fraction meets a bin's edge.
     edges = torch.arange(1 / max_per_side, 1.0, 1 / max_per_side)
     return torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / count), edges, right=True)

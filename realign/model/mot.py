@@ -1,8 +1,9 @@
-"""The Qwen2 decoder with two experts per layer: every projection, norm and MLP exists once for understanding
-(text and ViT tokens) and once for generation (VAE tokens); attention is common.
+"""The Qwen2 decoder with two experts per layer.
 
-The hidden states stay apart, one tensor per expert, through all layers; only queries, keys and values are put
-together in packed order for attention, which the caller gives (a KV cache in the runtime, a mask in training).
+Every projection, norm and MLP exists once for understanding (text and ViT tokens) and once for generation
+(VAE tokens); attention is common. The hidden states stay apart, one tensor per expert, through all
+layers; only queries, keys and values are put together in packed order for attention, which the caller gives (a
+KV cache in the runtime, a mask in training).
 
 Shapes: `L` packed tokens (in `parts`: the tokens of one expert), `E` width, `H` query heads, `K` KV heads,
 `D` head dim.
@@ -27,8 +28,10 @@ Parts = list[torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Which packed tokens go to which expert. Together the two indexes name each of 0..L-1 once; either may be
-    empty, and then nothing is gathered at all."""
+    """Which packed tokens go to which expert.
+
+    Together the two indexes name each of 0..L-1 once; either may be empty, and then nothing is gathered.
+    """
 
     und_index_L: torch.Tensor
     gen_index_L: torch.Tensor
@@ -194,13 +197,14 @@ class MixtureOfTransformers(nn.Module):
             hidden_LE: embeddings in packed order, any float dtype.
             position_L: int64, rotary positions; all tokens of a picture share one.
             route: which tokens are generation tokens.
-            attend: `attend(layer, query_LHD, key_LKD, value_LKD) -> attended_LHD`; it serves the grouped heads,
+            attend: `attend(layer, query_LHD, key_LKD, value_LKD) -> attended_LHD`; it serves the grouped
+            heads,
                 the masks and the cache. Query and key come normed and turned.
         Raises: `ValueError` if the route or the positions are for another number of tokens.
         """
         if not len(hidden_LE) == len(position_L) == route.length:
             raise ValueError(
-                f"{len(hidden_LE)} tokens, {len(position_L)} positions, a route for {route.length}: must be equal"
+                f"{len(hidden_LE)} tokens, {len(position_L)} positions, a route for {route.length}: not equal"
             )
         if not route.length:
             return hidden_LE

@@ -23,9 +23,10 @@ MARKERS = {
 
 
 class Tokenizer:
-    """Text to ids and back. `bos` and `eos` frame a turn of text, `start_of_image` and `end_of_image` a picture.
+    """Text to ids and back.
 
-    The markers are added where the folder's vocabulary lacks them, in this order, behind its last id.
+    `bos` and `eos` frame a turn of text, `start_of_image` and `end_of_image` a picture. These markers are added
+    where the folder's vocabulary lacks them, in this order, behind its last id.
     """
 
     def __init__(self, backend: Any, files: dict[str, bytes]) -> None:

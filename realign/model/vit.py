@@ -1,7 +1,7 @@
-"""The SigLIP vision tower over packed patches: pictures of any size in one sequence, each attending to itself.
+"""The SigLIP vision tower over packed patches: pictures of any size in one sequence, each apart.
 
-Shapes: `L` packed patches, `P` numbers in a patch, `E` width, `H` heads, `D` head dim, `N` patches of a picture,
-`B` consecutive pictures of one size.
+Shapes: `L` packed patches, `P` numbers in a patch, `E` width, `H` heads, `D` head dim, `N` patches of a
+picture, `B` consecutive pictures of one size.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import nn
 from realign.model.config import ViTConfig
 from realign.model.embeddings import find_activation
 
-# Up to this length attention in bf16 on a CPU is written out: the fused backward is 2 to 9 times slower there.
+# Up to this length attention in bf16 on a CPU is written out: the fused backward is 2 to 9 times slower.
 MAX_WRITTEN_OUT = 1024
 
 
 class VisionTransformer(nn.Module):
-    """SigLIP (arXiv 2303.15343) as BAGEL uses it: linear patch embedding, learned positions, no pooling head."""
+    """SigLIP (arXiv 2303.15343) as in BAGEL: linear patch embedding, learned positions, no pooling head."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -32,10 +32,10 @@ class VisionTransformer(nn.Module):
     def forward(
         self, patches_LP: torch.Tensor, position_L: torch.Tensor, cu_seqlens: torch.Tensor
     ) -> torch.Tensor:
-        """Packed patches (channels last within a patch, pixels in [-1, 1]) to features [L, E], after the last norm.
+        """Packed patches to features [L, E], after the last norm.
 
         Args:
-            patches_LP: float, all pictures' patches.
+            patches_LP: float, all pictures' patches; pixels in [-1, 1], channels last within a patch.
             position_L: int64, rows of the position table.
             cu_seqlens: int32 [num_pictures + 1], where each picture begins; the last is L.
         """

@@ -1,7 +1,8 @@
 """Checkpoint files: the one place that knows their tensor names.
 
-A folder holds the model in `ema.safetensors` (or `model.safetensors`, or shards with an index) and the autoencoder in
-`ae.safetensors`. Loading is strict, never unpickles, and holds one copy of the weights; saving replaces whole files.
+A folder holds the model in `ema.safetensors` (or `model.safetensors`, or shards with an index) and the
+autoencoder in `ae.safetensors`. Loading is strict, never unpickles, and holds one copy of the weights; saving
+replaces whole files.
 """
 
 from __future__ import annotations
@@ -58,8 +59,10 @@ _MODULES = {
 
 
 def published_name(name: str) -> str:
-    """The published name of a parameter of `Bagel`: `decoder.layers.0.gen.q_proj.weight` is
-    `language_model.model.layers.0.self_attn.q_proj_moe_gen.weight`."""
+    """The published name of a parameter of `Bagel`.
+
+    `decoder.layers.0.gen.q_proj.weight` is `language_model.model.layers.0.self_attn.q_proj_moe_gen.weight`.
+    """
     if name.startswith(AUTOENCODER_PREFIX):
         return name.removeprefix(AUTOENCODER_PREFIX)
     if name.startswith("decoder.layers."):
@@ -82,8 +85,10 @@ def find_folder(path: str | Path) -> Path:
 
 
 def settle_tying(config: BagelConfig, folder: Path) -> BagelConfig:
-    """Where the config ties the output layer to the embedding, but the checkpoint has both, they are two: some
-    Qwen2 configs say `tie_word_embeddings`, and BAGEL's loader overrules them."""
+    """The config, untied where the checkpoint has an output layer of its own.
+
+    Some Qwen2 configs say `tie_word_embeddings`, and BAGEL's loader overrules them: the tensors decide.
+    """
     if config.llm.tie_word_embeddings and published_name(LM_HEAD) in _read_model_headers(folder):
         return replace(config, llm=replace(config.llm, tie_word_embeddings=False))
     return config
@@ -92,8 +97,8 @@ def settle_tying(config: BagelConfig, folder: Path) -> BagelConfig:
 def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
     """Fill a model that was built on the meta device.
 
-    Raises `ValueError` naming tensor and file where one is missing, extra, misshapen or not of a float type, and
-    naming the file where one cannot be read.
+    Raises `ValueError` naming tensor and file where one is missing, extra, misshapen or not of a float type,
+    and naming the file where one cannot be read.
     """
     headers = {
         **_checked(_read_headers(folder / AUTOENCODER_FILE), _expected(model, is_autoencoder=True)),
@@ -152,7 +157,7 @@ def _checked(
         header = found[name]
         if header.shape != shape:
             raise ValueError(
-                f"{header.path}: tensor {name} has shape {list(header.shape)}, the config asks for {list(shape)}"
+                f"{header.path}: tensor {name} is {list(header.shape)}, the config asks for {list(shape)}"
             )
         if header.dtype not in FLOAT_DTYPES:
             raise ValueError(
@@ -185,8 +190,8 @@ def _find_other_index(folder: Path) -> Path:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise ValueError(
-            f"{folder}: only pickled weights, {_some(pickles)}: these can run code when read and are never loaded; "
-            f"convert them to {MODEL_FILE}"
+            f"{folder}: only pickled weights, {_some(pickles)}: they can run code when read and are never "
+            f"loaded; convert them to {MODEL_FILE}"
         )
     raise ValueError(
         f"{folder}: no weights: expected {MODEL_FILE}, model.safetensors, or shards with an index"
@@ -229,8 +234,8 @@ def _read_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors under our names, cast and copied one by one.
 
-    Each file is opened anew for each tensor: an open file is mapped into memory, and what has been read of it stays
-    counted against the process until it is closed; held open, that is a second copy of the weights.
+    Each file is opened anew for each tensor: an open file is mapped into memory, and what has been read of it
+    stays counted against the process until it is closed; held open, that is a second copy of the weights.
     """
     for name, header in headers.items():
         with _open(header.path) as file:
