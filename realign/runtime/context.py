@@ -1,0 +1,221 @@
+"""What the model has read: keys and values of every layer, in shared segments, and the next rope position.
+
+Reading adds one block at a time, to many contexts in one packed forward. A text block is bos + ids + eos at running
+positions, causal. A picture is two blocks, the autoencoder's latents and then the ViT's features, each between
+start_of_image and end_of_image, seeing itself whole, and all at one position.
+
+N layers, L tokens, K key-value heads, D head dim, E model width, C latent channels.
+Source: BAGEL, arXiv 2505.14683, `forward_cache_update_text`, `_vae`, `_vit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from realign.model.bagel import Bagel, patchify_latent, patchify_pixels
+from realign.model.embeddings import flattened_position_ids
+from realign.model.mot import Route
+from realign.runtime.attention import PaddedAttention
+
+MAX_ENCODE_PIXELS = 2**21
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Keys and values of one block's tokens, all layers: [N, L, K, D] each, in the model's dtype."""
+
+    key_NLKD: Tensor
+    value_NLKD: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Immutable: extending makes another context that shares these segments. `Context()` has read nothing."""
+
+    segments: tuple[Segment, ...] = ()
+    length: int = 0
+    next_position: int = 0
+
+    def key(self, layer: int) -> Tensor:
+        """[L, K, D]"""
+        return torch.cat([segment.key_NLKD[layer] for segment in self.segments])
+
+    def value(self, layer: int) -> Tensor:
+        """[L, K, D]"""
+        return torch.cat([segment.value_NLKD[layer] for segment in self.segments])
+
+    def extended(self, segment: Segment, num_positions: int) -> Context:
+        length = self.length + segment.key_NLKD.shape[1]
+        return Context((*self.segments, segment), length, self.next_position + num_positions)
+
+
+@dataclass(frozen=True, eq=False)
+class TextBlock:
+    """A text turn: its token ids, bos and eos included."""
+
+    ids: tuple[int, ...]
+
+    is_causal = True
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.ids)
+
+    def embed(self, model: Bagel) -> Tensor:
+        return model.embed_text(torch.tensor(self.ids, device=model.device))
+
+
+@dataclass(frozen=True, eq=False)
+class PictureBlock:
+    """A picture's embedded tokens [L, E], without the two markers; `is_gen`: latents, for the generation expert."""
+
+    tokens_LE: Tensor
+    is_gen: bool
+
+    is_causal = False
+    num_positions = 1
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens_LE) + 2
+
+    def embed(self, model: Bagel) -> Tensor:
+        start_1E, end_1E = embed_markers(model)
+        return torch.cat((start_1E, self.tokens_LE, end_1E))
+
+
+Block = TextBlock | PictureBlock
+
+
+def embed_markers(model: Bagel) -> tuple[Tensor, Tensor]:
+    """Embeddings [1, E] of start_of_image and end_of_image."""
+    ids = (model.tokenizer.start_of_image, model.tokenizer.end_of_image)
+    start_1E, end_1E = model.embed_text(torch.tensor(ids, device=model.device)).split(1)
+    return start_1E, end_1E
+
+
+def build_text_block(model: Bagel, text: str) -> TextBlock:
+    return TextBlock((model.tokenizer.bos, *model.tokenizer.encode(text), model.tokenizer.eos))
+
+
+@torch.no_grad()
+def build_vae_blocks(model: Bagel, pictures_CHW: Sequence[Tensor]) -> list[PictureBlock]:
+    """Pixels in [-1, 1], sides multiples of the latent stride, to blocks of clean latents (time 0)."""
+    latents = encode_latents(model, pictures_CHW)
+    time_1 = torch.zeros(1, device=model.device)
+    blocks = []
+    for latent_LC, pixels_CHW in zip(latents, pictures_CHW, strict=True):
+        position_L = latent_position_ids(model, *pixels_CHW.shape[1:])
+        blocks.append(PictureBlock(model.embed_latent(latent_LC, time_1, position_L).to(model.dtype), is_gen=True))
+    return blocks
+
+
+@torch.no_grad()
+def build_vit_blocks(model: Bagel, pictures_CHW: Sequence[Tensor]) -> list[PictureBlock]:
+    """Pixels in [-1, 1], sides multiples of the ViT's patch, to blocks of features."""
+    blocks: dict[int, PictureBlock] = {}
+    for indexes in _batches_of_size(pictures_CHW):
+        patch = model.config.vit.patch_size
+        patches = [patchify_pixels(pictures_CHW[index].to(model.device), patch) for index in indexes]
+        position = [vit_position_ids(model, *pictures_CHW[index].shape[1:]) for index in indexes]
+        lengths = torch.tensor([0, *map(len, patches)], device=model.device)
+        cu_seqlens = lengths.cumsum(0).to(torch.int32)
+        tokens_LE = model.embed_vit(torch.cat(patches), torch.cat(position), cu_seqlens).to(model.dtype)
+        for index, part_LE in zip(indexes, tokens_LE.split([*map(len, patches)]), strict=True):
+            blocks[index] = PictureBlock(part_LE, is_gen=False)
+    return [blocks[index] for index in range(len(pictures_CHW))]
+
+
+@torch.no_grad()
+def encode_latents(model: Bagel, pictures_CHW: Sequence[Tensor]) -> list[Tensor]:
+    """Latent tokens [L, C] of pictures; those of one size in one call of the autoencoder."""
+    latents: dict[int, Tensor] = {}
+    for indexes in _batches_of_size(pictures_CHW):
+        pixels_BCHW = torch.stack([pictures_CHW[index] for index in indexes]).to(model.device, model.dtype)
+        for index, latent_CHW in zip(indexes, model.autoencoder.encode(pixels_BCHW), strict=True):
+            latents[index] = patchify_latent(latent_CHW, model.config.latent_patch_size)
+    return [latents[index] for index in range(len(pictures_CHW))]
+
+
+def latent_position_ids(model: Bagel, height: int, width: int) -> Tensor:
+    """Places of the latent tokens of a picture of `height` x `width` pixels."""
+    config = model.config
+    grid = (height // config.latent_stride, width // config.latent_stride)
+    return flattened_position_ids(*grid, config.max_latent_size, config.interpolate_pos).to(model.device)
+
+
+def vit_position_ids(model: Bagel, height: int, width: int) -> Tensor:
+    """Places of the ViT patches of a picture of `height` x `width` pixels."""
+    config = model.config
+    grid = (height // config.vit.patch_size, width // config.vit.patch_size)
+    limit = config.vit_max_num_patch_per_side
+    return flattened_position_ids(*grid, limit, config.interpolate_pos).to(model.device)
+
+
+@torch.no_grad()
+def extend(model: Bagel, contexts: Sequence[Context], blocks: Sequence[Block]) -> list[Context]:
+    """Let each context read its block: one packed forward. Blocks of all kinds may be mixed."""
+    if not blocks:
+        return []
+    lengths = [block.length for block in blocks]
+    starts = [context.next_position for context in contexts]
+    position_L = torch.cat(
+        [
+            start + (torch.arange(block.length) if block.is_causal else torch.zeros(block.length, dtype=torch.int64))
+            for start, block in zip(starts, blocks, strict=True)
+        ]
+    )
+    route = Route.from_mask(torch.cat([_is_gen(block) for block in blocks]).to(model.device))
+    hidden_LE = torch.cat([block.embed(model) for block in blocks])
+    attention = PaddedAttention(model, contexts, lengths, [block.is_causal for block in blocks])
+    recorder = _Recorder(attention, model, sum(lengths))
+    model.decoder(hidden_LE, position_L.to(model.device), route, recorder)
+    ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    segments = [Segment(recorder.key_NLKD[:, a:b], recorder.value_NLKD[:, a:b]) for a, b in pairwise(ends)]
+    return [
+        context.extended(segment, block.num_positions)
+        for context, segment, block in zip(contexts, segments, blocks, strict=True)
+    ]
+
+
+class _Recorder:
+    """Passes attention on and keeps the new keys and values."""
+
+    def __init__(self, attend: Callable[..., Tensor], model: Bagel, num_tokens: int) -> None:
+        llm = model.config.llm
+        shape = (llm.num_hidden_layers, num_tokens, llm.num_key_value_heads, llm.head_dim)
+        self.key_NLKD, self.value_NLKD = (
+            torch.empty(shape, dtype=model.dtype, device=model.device) for _ in range(2)
+        )
+        self.attend = attend
+
+    def __call__(self, layer: int, query_LHD: Tensor, key_LKD: Tensor, value_LKD: Tensor) -> Tensor:
+        self.key_NLKD[layer], self.value_NLKD[layer] = key_LKD, value_LKD
+        return self.attend(layer, query_LHD, key_LKD, value_LKD)
+
+
+def _is_gen(block: Block) -> Tensor:
+    """Per token; a picture's markers are read by the understanding expert."""
+    mask_L = torch.zeros(block.length, dtype=torch.bool)
+    if isinstance(block, PictureBlock) and block.is_gen:
+        mask_L[1:-1] = True
+    return mask_L
+
+
+def _batches_of_size(pictures_CHW: Sequence[Tensor]) -> Iterable[list[int]]:
+    """Indexes of pictures of one size, as many as fit `MAX_ENCODE_PIXELS`, at least one."""
+    by_size: dict[torch.Size, list[int]] = {}
+    for index, pixels_CHW in enumerate(pictures_CHW):
+        by_size.setdefault(pixels_CHW.shape, []).append(index)
+    for (_, height, width), indexes in by_size.items():
+        count = max(1, MAX_ENCODE_PIXELS // (height * width))
+        yield from (indexes[start : start + count] for start in range(0, len(indexes), count))

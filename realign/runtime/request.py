@@ -1,0 +1,132 @@
+"""What comes in and what goes out: prompts, requests, samples, trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from realign.runtime.noise import NoiseKey
+from realign.runtime.settings import Settings
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A text turn of a prompt."""
+
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePart:
+    """A reference picture, of any size and mode."""
+
+    image: Image.Image
+
+
+Part = TextPart | ImagePart
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """An ordered list of text and image parts."""
+
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def build(cls, value: Prompt | str | Sequence[Any]) -> Prompt:
+        """From text, or a list of: texts, pictures, `{"text": ..}`, `{"image": picture}`, parts.
+
+        Raises: ValueError for anything else, or a prompt without text.
+        """
+        if isinstance(value, Prompt):
+            return value
+        if not isinstance(value, (str, Sequence)):
+            raise ValueError(f"prompt is {value!r}: must be text or a list of texts and pictures")
+        parts = tuple(_build_part(part) for part in ([value] if isinstance(value, str) else value))
+        if not any(isinstance(part, TextPart) for part in parts):
+            raise ValueError("the prompt has no text: add a text that says what to draw")
+        return cls(parts)
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        return [part.image for part in self.parts if isinstance(part, ImagePart)]
+
+
+def _build_part(value: Any) -> Part:
+    if isinstance(value, (TextPart, ImagePart)):
+        return value
+    if isinstance(value, Mapping) and len(value) == 1:
+        name, value = next(iter(value.items()))
+        expected = {"text": str, "image": Image.Image}.get(name)
+        if expected is None or not isinstance(value, expected):
+            raise ValueError(f"prompt part {name!r} is {value!r}: must be {{'text': str}} or {{'image': PIL image}}")
+    if isinstance(value, str):
+        return TextPart(value)
+    if isinstance(value, Image.Image):
+        return ImagePart(value)
+    raise ValueError(f"prompt part is {value!r}: must be text or a PIL image")
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One picture to make. Its noise depends on `seed` and `id` (and on nothing else)."""
+
+    id: str
+    prompt: Prompt
+    seed: int = 0
+    settings: Settings = field(default_factory=Settings)
+
+
+@dataclass(frozen=True)
+class TextTurn:
+    """A text that the model wrote: token ids without bos and eos; `stopped` if it ended by itself (eos)."""
+
+    ids: tuple[int, ...]
+    text: str
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """What was thought before the picture.
+
+    `text` is what the model wrote; `caption` and `relations` are its IC-CoT, where that is asked for; `error` says why
+    it did not parse (the picture is made from the text all the same).
+    """
+
+    mode: str
+    text: str
+    caption: str | None = None
+    relations: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """What a sample did.
+
+    Attributes:
+        text_turns: what the model wrote.
+        noise_key: names the initial noise, `normal(noise_key, latent_LC.shape)`.
+        latent_LC: final latents, float32 on the CPU, packed row by row.
+        steps: the latents before the first step and after each, if they were asked for.
+    """
+
+    text_turns: tuple[TextTurn, ...]
+    noise_key: NoiseKey
+    latent_LC: Tensor
+    steps: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What came of a request. `reasoning` is None where none was asked for."""
+
+    request: Request
+    image: Image.Image
+    reasoning: Reasoning | None
+    trajectory: Trajectory
