@@ -42,13 +42,17 @@ class OptionalBuildExt(build_ext):
             source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }\n")
             try:
                 objects = self.compiler.compile([str(source)], output_dir=folder, extra_preargs=["-fopenmp"])
-                self.compiler.link_executable(objects, str(Path(folder, "probe")), extra_postargs=["-fopenmp"])
+                self.compiler.link_executable(
+                    objects, str(Path(folder, "probe")), extra_postargs=["-fopenmp"]
+                )
             except (CompileError, LinkError):
                 return False
         return True
 
     def _print_notice(self, error: Exception) -> None:
-        print(f"NOTICE: realign_kernels._C was not built ({error}); the plain torch references are used instead.")
+        print(
+            f"NOTICE: realign_kernels._C was not built ({error}); the plain torch references are used instead."
+        )
 
 
 def build_extensions() -> list[Extension]:
@@ -56,7 +60,9 @@ def build_extensions() -> list[Extension]:
     try:
         import pybind11
     except ImportError:
-        print("NOTICE: pybind11 is not installed: realign_kernels._C is not built; the plain torch references are used.")
+        print(
+            "NOTICE: pybind11 is not installed: realign_kernels._C is not built; the plain torch references are used."
+        )
         return []
     return [
         Extension(

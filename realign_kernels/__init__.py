@@ -1,7 +1,7 @@
 """Public ops of realign: one folder per op, each defined by its `reference.py`.
 
-`api.py` of a folder holds the signature, the formula, the checks and the dispatch (`impl=`). The compiled extension,
-where there is one, is reached through `realign_kernels.native`.
+`api.py` of a folder holds the signature, the formula, the checks and the dispatch (`impl=`). The compiled
+extension, where there is one, is reached through `realign_kernels.native`.
 """
 
 from realign_kernels.apply_rope.api import apply_rope

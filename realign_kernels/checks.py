@@ -1,7 +1,8 @@
 """Checks shared by the ops on packed samples. L packed tokens, C channels, B samples.
 
-Shapes, dtypes and devices are always checked. Values (offsets, scales, deviations) are checked where the tensors are
-on a CPU; on another device reading them would stall the launch queue, so there they are the caller's duty.
+Shapes, dtypes and devices are always checked. Values (offsets, scales, deviations) are checked where the
+tensors are on a CPU; on another device reading them would stall the launch queue, so there they are the
+caller's duty.
 """
 
 from __future__ import annotations
@@ -47,22 +48,28 @@ def check_cu_seqlens(cu_seqlens: Tensor, first: Tensor) -> int:
     """Raise ValueError unless `cu_seqlens` is int32 [B+1], 0 to L without going down. Returns B."""
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
         raise ValueError(
-            f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: must be int32 [B+1], sample offsets from 0 to L"
+            f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: "
+            "must be int32 [B+1], sample offsets from 0 to L"
         )
     if cu_seqlens.device != first.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}: must be on {first.device} with the tokens")
     if can_read_values(cu_seqlens):
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != first.shape[0] or offsets != sorted(offsets):
-            raise ValueError(f"cu_seqlens is {offsets}: must rise from 0 to the number of tokens, {first.shape[0]}")
+            raise ValueError(
+                f"cu_seqlens is {offsets}: must rise from 0 to the number of tokens, {first.shape[0]}"
+            )
     return cu_seqlens.numel() - 1
 
 
-def check_per_sample(name: str, number_B: Tensor, num_samples: int, first: Tensor, minimum: float = -math.inf) -> None:
+def check_per_sample(
+    name: str, number_B: Tensor, num_samples: int, first: Tensor, minimum: float = -math.inf
+) -> None:
     """Raise ValueError unless `number_B` is float32 [B], finite and at least `minimum`."""
     if number_B.dtype != torch.float32 or number_B.shape != (num_samples,):
         raise ValueError(
-            f"{name} is {number_B.dtype} {tuple(number_B.shape)}: must be float32 [{num_samples}], one number per sample"
+            f"{name} is {number_B.dtype} {tuple(number_B.shape)}: "
+            f"must be float32 [{num_samples}], one number per sample"
         )
     if number_B.device != first.device:
         raise ValueError(f"{name} is on {number_B.device}: must be on {first.device} with the tokens")
@@ -79,7 +86,9 @@ def check_renorm(renorm: str | Sequence[str], num_samples: int) -> tuple[str, ..
     if isinstance(renorm, str) and renorm not in RENORMS:
         raise ValueError(f"renorm is {renorm!r}: must be one of {', '.join(RENORMS)}")
     if len(renorms) != num_samples:
-        raise ValueError(f"renorm has {len(renorms)} modes: must be one mode, or one per sample ({num_samples})")
+        raise ValueError(
+            f"renorm has {len(renorms)} modes: must be one mode, or one per sample ({num_samples})"
+        )
     for sample, mode in enumerate(renorms):
         if mode not in RENORMS:
             raise ValueError(f"renorm[{sample}] is {mode!r}: must be one of {', '.join(RENORMS)}")

@@ -7,8 +7,8 @@
 | CPU, float32/bfloat16/float16, no gradient, built   | `cpp`       |
 | all else                                            | `reference` |
 
-"built" means that the compiled extension `realign_kernels._C` is there. An explicit `impl=` never falls back: what it
-cannot run is a ValueError that says why.
+"built" means that the compiled extension `realign_kernels._C` is there. An explicit `impl=` never falls back:
+what it cannot run is a ValueError that says why.
 """
 
 from __future__ import annotations

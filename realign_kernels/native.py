@@ -1,7 +1,8 @@
 """The compiled extension `realign_kernels._C`, as torch custom ops.
 
-`csrc` knows nothing of torch: it takes addresses and counts. The ops here check nothing (the `api.py` of each op has);
-they make tensors contiguous, allocate the result, fill the parameters and launch. B samples, L tokens, C channels.
+`csrc` knows nothing of torch: it takes addresses and counts. The ops here check nothing (the `api.py` of each
+op has); they make tensors contiguous, allocate the result, fill the parameters and launch. B samples, L tokens,
+C channels.
 """
 
 import importlib
@@ -54,7 +55,8 @@ def _launch(like_LC: Tensor, velocity_LC: Tensor, renorm: list[int], **arrays: T
 
 
 _GUIDANCE = (
-    "Tensor cond, Tensor? text_uncond, Tensor? image_uncond, Tensor cu_seqlens, Tensor text_scale, Tensor? image_scale"
+    "Tensor cond, Tensor? text_uncond, Tensor? image_uncond, "
+    "Tensor cu_seqlens, Tensor text_scale, Tensor? image_scale"
 )
 _STEP = "Tensor a, Tensor b, Tensor? std, Tensor? noise"
 _RENORM = "int[] renorm, Tensor? renorm_min"
@@ -66,7 +68,9 @@ _RENORM = "int[] renorm, Tensor? renorm_min"
     device_types="cpu",
     schema=f"({_GUIDANCE}, {_RENORM}) -> Tensor",
 )
-def guided_velocity_cpp(cond, text_uncond, image_uncond, cu_seqlens, text_scale, image_scale, renorm, renorm_min):
+def guided_velocity_cpp(
+    cond, text_uncond, image_uncond, cu_seqlens, text_scale, image_scale, renorm, renorm_min
+):
     """`guided_velocity` on the CPU; `renorm` as `RENORM_CODES`, one per sample."""
     return _launch(
         cond,
@@ -91,7 +95,16 @@ def guided_velocity_cpp(cond, text_uncond, image_uncond, cu_seqlens, text_scale,
 def flow_step_cpp(sample, velocity, cu_seqlens, a, b, std, noise):
     """`flow_step` on the CPU."""
     return _launch(
-        sample, velocity, [], sample=sample, cond=velocity, cu_seqlens=cu_seqlens, a=a, b=b, std=std, noise=noise
+        sample,
+        velocity,
+        [],
+        sample=sample,
+        cond=velocity,
+        cu_seqlens=cu_seqlens,
+        a=a,
+        b=b,
+        std=std,
+        noise=noise,
     )
 
 

@@ -23,5 +23,7 @@ def apply_rope(x_LHD: Tensor, cos_LD: Tensor, sin_LD: Tensor) -> Tensor:
         raise ValueError(f"apply_rope: head dim is {head_dim}, must be even")
     for name, table in (("cos_LD", cos_LD), ("sin_LD", sin_LD)):
         if table.shape != (length, head_dim):
-            raise ValueError(f"apply_rope: {name} has shape {tuple(table.shape)}, must be {(length, head_dim)}")
+            raise ValueError(
+                f"apply_rope: {name} has shape {tuple(table.shape)}, must be {(length, head_dim)}"
+            )
     return apply_rope_reference(x_LHD, cos_LD, sin_LD)

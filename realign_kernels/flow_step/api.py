@@ -22,8 +22,8 @@ def flow_step(
 ) -> Tensor:
     """One sampler step on packed samples: `(a * x + b * v) + std * noise`.
 
-    The ODE's Euler step is a = 1, b = -(t - t_next), no noise; Flow-GRPO's SDE, DanceGRPO's and CPS are other numbers
-    in the same places.
+    The ODE's Euler step is a = 1, b = -(t - t_next), no noise; Flow-GRPO's SDE, DanceGRPO's and CPS are other
+    numbers in the same places.
 
     Args:
         sample_LC: x; float32, bfloat16, float16 or float64; the arithmetic is float32 or wider.
@@ -62,7 +62,9 @@ def check_step(
     check_per_sample("b_B", b_B, num_samples, sample_LC)
     if (std_B is None) != (noise_LC is None):
         missing, given = ("std_B", "noise_LC") if std_B is None else ("noise_LC", "std_B")
-        raise ValueError(f"{missing} is None and {given} is not: pass both for a noisy step, neither for an ODE step")
+        raise ValueError(
+            f"{missing} is None and {given} is not: pass both for a noisy step, neither for an ODE step"
+        )
     if std_B is not None:
         check_per_sample("std_B", std_B, num_samples, sample_LC, minimum=0.0)
         check_like("noise_LC", noise_LC, "sample_LC", sample_LC)

@@ -29,7 +29,7 @@ def guided_flow_step(
     renorm_min_B: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Guidance and sampler step in one: `flow_step(sample, guided_velocity(cond, text_uncond, image_uncond))`.
+    """Guidance and sampler step in one: `flow_step(sample, guided_velocity(cond, text, image))`.
 
     The guided velocity stays in float32 in between, whatever the dtype of the branches.
 

@@ -26,7 +26,7 @@ def guided_flow_step_reference(
     renorm: Sequence[str],
     renorm_min_B: Tensor | None,
 ) -> Tensor:
-    """`flow_step(sample, guided_velocity(...))`; the velocity stays in float32 (or float64) between the two."""
+    """`flow_step(sample, guided_velocity(...))`; the velocity stays in float32 (or float64) in between."""
     wide = torch.promote_types(cond_LC.dtype, torch.float32)
     velocity_LC = guided_velocity_reference(
         cond_LC.to(wide),

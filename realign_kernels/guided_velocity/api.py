@@ -38,13 +38,13 @@ def guided_velocity(
         g = i + image_scale * (g - i)                                    if image_scale > 1
         g = g * clamp(|v| / (|g| + 1e-8), renorm_min, 1)                 unless renorm is "none"
 
-    The norms are over the whole sample (`"global"`) or over each token's channels (`"channel"`). `"text_channel"` scales
-    each token after the text line and before the image line instead. A sample with text_scale <= 1 is not guided
-    at all (BAGEL's image guidance acts only together with text guidance): its `cond_LC` passes through, and the other
-    two are not read there.
+    The norms are over the whole sample (`"global"`) or over each token's channels (`"channel"`).
+    `"text_channel"` scales each token after the text line and before the image line instead. A sample with
+    text_scale <= 1 is not guided at all (BAGEL's image guidance acts only together with text guidance): its
+    `cond_LC` passes through, and the other two are not read there.
 
     Args:
-        cond_LC: conditional velocities; float32, bfloat16, float16 or float64; the arithmetic is float32 or wider.
+        cond_LC: conditional velocities; float32, bfloat16, float16 or float64; arithmetic is float32 or wider.
         text_uncond_LC, image_uncond_LC: the same shape and dtype, or None where no sample uses them.
         cu_seqlens: int32 [B+1], offsets of the samples.
         text_scale_B, image_scale_B: float32 [B]; 1 says "no guidance now". image_scale_B None is 1 for all.
@@ -54,7 +54,7 @@ def guided_velocity(
 
     Returns: [L, C] in the dtype of `cond_LC`.
     Raises: ValueError naming the argument and its value.
-    Source: BAGEL, arXiv 2505.14683, `Bagel._forward_flow`; there the global norm is right for one sample only.
+    Source: BAGEL, arXiv 2505.14683, `Bagel._forward_flow`, where the global norm is right for one sample only.
     """
     guidance = (cond_LC, text_uncond_LC, image_uncond_LC, cu_seqlens, text_scale_B, image_scale_B)
     renorms = check_guidance(*guidance, renorm, renorm_min_B)
@@ -94,4 +94,6 @@ def _check_branch(
     if branch_LC is not None:
         check_like(name, branch_LC, "cond_LC", cond_LC)
     elif scale_B is not None and can_read_values(scale_B) and max(scale_B.tolist(), default=1.0) > 1.0:
-        raise ValueError(f"{name} is None and {scale_name} is {scale_B.tolist()}: pass the branch, or scales of 1")
+        raise ValueError(
+            f"{name} is None and {scale_name} is {scale_B.tolist()}: pass the branch, or scales of 1"
+        )

@@ -1,4 +1,7 @@
-"""Definition of `guided_velocity` in plain torch. L packed tokens, C channels, B samples, N tokens of one sample."""
+"""Definition of `guided_velocity` in plain torch.
+
+L packed tokens, C channels, B samples, N tokens of one sample.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def guided_velocity_reference(
     renorm: Sequence[str],
     renorm_min_B: Tensor | None,
 ) -> Tensor:
-    """Guide each sample by itself, in float32 (float64 stays float64); the result has the dtype of `cond_LC`."""
+    """Guide each sample by itself, in float32 (float64 stays float64); returns the dtype of `cond_LC`."""
     num_samples = cu_seqlens.numel() - 1
     wide = torch.promote_types(cond_LC.dtype, torch.float32)
     text_scales = text_scale_B.tolist()

@@ -21,6 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(
-            f"rms_norm: weight has shape {tuple(weight.shape)}, x ends in {x.shape[-1]}: pass one weight per channel"
+            f"rms_norm: weight has shape {tuple(weight.shape)}, x ends in {x.shape[-1]}: "
+            "pass one weight per channel"
         )
     return rms_norm_reference(x, weight, eps)

@@ -18,5 +18,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Source: Shazeer, arXiv 2002.05202, eq. 5.
     """
     if gate.shape != up.shape:
-        raise ValueError(f"swiglu: gate has shape {tuple(gate.shape)}, up {tuple(up.shape)}: they must be equal")
+        raise ValueError(
+            f"swiglu: gate has shape {tuple(gate.shape)}, up {tuple(up.shape)}: they must be equal"
+        )
     return swiglu_reference(gate, up)
