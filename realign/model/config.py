@@ -120,8 +120,9 @@ class ResizeRule:
 class BagelConfig:
     """A whole model; `load` and `save` speak the published folder layout.
 
-    Beside BAGEL's own values: the two resize rules, the default picture size (height, width), the reasoning
-    modes that the weights were trained for, and a name.
+    Beside BAGEL's own values: the two resize rules, the default picture size (height, width), whether a prompt
+    with pictures rather takes the size of its last one (as BAGEL does; not for a model of one size), the
+    reasoning modes that the weights were trained for, and a name.
     """
 
     llm: LLMConfig
@@ -136,6 +137,7 @@ class BagelConfig:
     vae_resize: ResizeRule = ResizeRule(1024, 512, 16)
     vit_resize: ResizeRule = ResizeRule(980, 224, 14)
     default_image_size: tuple[int, int] = (1024, 1024)
+    size_follows_picture: bool = True
     reasoning_modes: tuple[str, ...] = ("none", "think")
     name: str = "bagel"
 
