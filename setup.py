@@ -50,9 +50,7 @@ class OptionalBuildExt(build_ext):
         return True
 
     def _print_notice(self, error: Exception) -> None:
-        print(
-            f"NOTICE: realign_kernels._C was not built ({error}); the plain torch references are used instead."
-        )
+        print(f"NOTICE: realign_kernels._C was not built ({error}); plain torch is used instead.")
 
 
 def build_extensions() -> list[Extension]:
@@ -60,9 +58,7 @@ def build_extensions() -> list[Extension]:
     try:
         import pybind11
     except ImportError:
-        print(
-            "NOTICE: pybind11 is not installed: realign_kernels._C is not built; the plain torch references are used."
-        )
+        print("NOTICE: realign_kernels._C is not built (no pybind11); plain torch is used instead.")
         return []
     return [
         Extension(

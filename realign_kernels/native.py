@@ -1,8 +1,8 @@
 """The compiled extension `realign_kernels._C`, as torch custom ops.
 
 `csrc` knows nothing of torch: it takes addresses and counts. The ops here check nothing (the `api.py` of each
-op has); they make tensors contiguous, allocate the result, fill the parameters and launch. B samples, L tokens,
-C channels.
+op has); they make tensors contiguous, allocate the result, fill the parameters and launch.
+L packed tokens, C channels.
 """
 
 import importlib

@@ -44,7 +44,7 @@ def guided_velocity(
     `cond_LC` passes through, and the other two are not read there.
 
     Args:
-        cond_LC: conditional velocities; float32, bfloat16, float16 or float64; arithmetic is float32 or wider.
+        cond_LC: conditional velocities; float32, bfloat16, float16 or float64; arithmetic is float32 or more.
         text_uncond_LC, image_uncond_LC: the same shape and dtype, or None where no sample uses them.
         cu_seqlens: int32 [B+1], offsets of the samples.
         text_scale_B, image_scale_B: float32 [B]; 1 says "no guidance now". image_scale_B None is 1 for all.
@@ -54,7 +54,7 @@ def guided_velocity(
 
     Returns: [L, C] in the dtype of `cond_LC`.
     Raises: ValueError naming the argument and its value.
-    Source: BAGEL, arXiv 2505.14683, `Bagel._forward_flow`, where the global norm is right for one sample only.
+    Source: BAGEL, arXiv 2505.14683, `Bagel._forward_flow`, whose global norm is right for one sample only.
     """
     guidance = (cond_LC, text_uncond_LC, image_uncond_LC, cu_seqlens, text_scale_B, image_scale_B)
     renorms = check_guidance(*guidance, renorm, renorm_min_B)
