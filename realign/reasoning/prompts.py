@@ -5,12 +5,10 @@ from __future__ import annotations
 # What BAGEL's weights were trained to read, to the letter (ByteDance-Seed/Bagel, Apache-2.0): a format, not a wording.
 THINK = (
     "You should first think about the planning process in the mind and then generate the image. \n"
-    "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> image here"
+    "The planning process is enclosed within <think> </think> tags, "
+    "i.e. <think> planning process here </think> image here"
 )
 
-IC_COT = (
-    "First write what the picture shows in <out_caption></out_caption>, then for each image what it gives, "
-    "in <relation_1></relation_1>, <relation_2></relation_2> and so on; then make the picture."
-)
+IC_COT = "Write the picture's <out_caption>, then a <relation_N> for each image; then make the picture."
 
 SYSTEM_TEXTS = {"think": THINK, "ic-cot": IC_COT}

@@ -1,0 +1,150 @@
+"""The Python entry: `realign.load("mini").generate(["a red star on a beach"])`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from realign.model.bagel import Bagel
+from realign.reasoning.programs import PROGRAMS, describe_untrained
+from realign.runtime.engine import Engine
+from realign.runtime.request import Prompt, Request, Sample
+from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Options of `Generator.generate`, named as on the command line of `realign generate`.
+
+    `height`, `width` in pixels, None for the model's own rule; `steps` are timesteps (N - 1 denoising steps);
+    `temperature` 0 is greedy.
+    """
+
+    reasoning: str = "none"
+    height: int | None = None
+    width: int | None = None
+    steps: int = 50
+    timestep_shift: float = 3.0
+    text_guidance_scale: float = 4.0
+    image_guidance_scale: float = 2.0
+    guidance_interval: tuple[float, float] = (0.4, 1.0)
+    guidance_renorm: str = "global"
+    guidance_renorm_min: float = 0.0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_reasoning_tokens: int = 512
+
+    def settings(self) -> Settings:
+        """As the runtime takes them. Raises: ValueError for a value that is out of range."""
+        guidance = GuidanceSettings(
+            self.text_guidance_scale,
+            self.image_guidance_scale,
+            tuple(self.guidance_interval),
+            self.guidance_renorm,
+            self.guidance_renorm_min,
+        )
+        text = TextSettings(self.max_reasoning_tokens, self.temperature, self.top_p)
+        return Settings(
+            self.height, self.width, self.reasoning, self.steps, self.timestep_shift, guidance, text
+        )
+
+
+class Generator:
+    """A loaded model that makes pictures from prompts."""
+
+    def __init__(self, model: Bagel) -> None:
+        self.model = model
+        self.engine = Engine(model, PROGRAMS)
+
+    def generate(
+        self, prompts: Sequence[Any], *, num_images: int = 1, seed: int = 0, batch_size: int = 16, **options: Any
+    ) -> list[Sample]:
+        """Make `num_images` pictures of each prompt.
+
+        Args:
+            prompts: each a text; or a list of texts and PIL pictures, in order; or a `Prompt`; or a `Request`, which
+                is made as it is.
+            seed: with the number of the prompt and of its picture it decides the noise.
+            batch_size: pictures at a time; it does not change them.
+            options: see `GenerateOptions`.
+
+        Returns: samples in the order of the prompts, a prompt's pictures together; each has `image`, `reasoning`
+            (`caption`, `relations`, `text`, `error`; None where none was asked for) and `trajectory`.
+        Raises: ValueError for a prompt or option that cannot be used.
+        """
+        requests = build_requests(prompts, build_settings(**options), num_images, seed)
+        for mode in sorted({request.settings.reasoning for request in requests}):
+            warning = describe_untrained(self.model.config, mode)
+            if warning:
+                warnings.warn(warning, stacklevel=2)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: must be at least 1")
+        return [sample for batch in _batches(requests, batch_size) for sample in self.engine.run(batch)]
+
+
+def load(
+    path: str | Path = "mini", device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> Generator:
+    """Load a checkpoint folder in BAGEL's layout, or the embedded "mini".
+
+    Args:
+        device: "auto" is "cuda" where there is one, else "cpu".
+        dtype: "float32", "bfloat16", or "auto": bfloat16 on a GPU, float32 on a CPU.
+
+    Raises: ValueError for a folder that is not a checkpoint, or an unknown dtype.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    if not isinstance(dtype, torch.dtype):
+        dtype = find_dtype(dtype)
+    return Generator(Bagel.from_pretrained(path, device=device, dtype=dtype))
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """The dtype that a user named. Raises: ValueError."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}: must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def build_settings(**options: Any) -> Settings:
+    """Settings from `GenerateOptions` by name. Raises: ValueError."""
+    unknown = sorted(options.keys() - GenerateOptions.__dataclass_fields__.keys())
+    if unknown:
+        known = ", ".join(GenerateOptions.__dataclass_fields__)
+        raise ValueError(f"unknown option {unknown[0]!r}: the options are {known}")
+    return GenerateOptions(**options).settings()
+
+
+def build_requests(prompts: Sequence[Any], settings: Settings, num_images: int = 1, seed: int = 0) -> list[Request]:
+    """Number prompts and pictures: prompt 3's picture 1 is the request "00003/1".
+
+    Raises: ValueError naming the prompt that cannot be used.
+    """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts is the text {prompts!r}: must be a list of prompts, such as [{prompts!r}]")
+    requests = []
+    for number, value in enumerate(prompts):
+        if isinstance(value, Request):
+            requests.append(value)
+            continue
+        try:
+            prompt = Prompt.build(value)
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from None
+        requests += [Request(f"{number:05d}/{index}", prompt, seed, settings) for index in range(num_images)]
+    return requests
+
+
+def _batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
+    for start in range(0, len(requests), size):
+        yield requests[start : start + size]
