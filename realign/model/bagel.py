@@ -122,7 +122,7 @@ class Bagel(nn.Module):
         return self.llm2vae(hidden_LE)
 
     def _initialise(self) -> None:
-        """Normal weights, zero biases, a velocity of zero; the generation expert copies the understanding one.
+        """Normal weights, zero biases, a velocity of zero; the generation expert copies understanding's.
 
         The autoencoder keeps torch's own initialisation.
         """

@@ -250,16 +250,15 @@ def _load_vit(folder: Path, main: Mapping[str, Any]) -> ViTConfig:
 
 
 def _load_autoencoder(folder: Path, main: Mapping[str, Any]) -> AutoencoderConfig:
+    """`config.json`'s `vae_config` tells little (downsample, z_channels), `ae_config.json` all; FLUX's values else."""
     path = folder / "ae_config.json"
-    config = _build(AutoencoderConfig, _read_json(path) or {}, path)
-    for key, value in _section(main, "vae_config", folder).items():
-        if hasattr(config, key) and getattr(config, key) != value:
-            source = path if path.exists() else "the FLUX autoencoder"
+    section, own = _section(main, "vae_config", folder), _read_json(path) or {}
+    for key in sorted(section.keys() & own.keys()):
+        if section[key] != own[key]:
             raise ValueError(
-                f"{folder / 'config.json'}: vae_config says {key} {value}, {source} says "
-                f"{getattr(config, key)}: describe the autoencoder in ae_config.json"
+                f"{path}: {key} is {own[key]}, but vae_config in config.json says {section[key]}: make them agree"
             )
-    return config
+    return _build(AutoencoderConfig, {**section, **own}, path if own else folder / "config.json")
 
 
 def _load_extras(main: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The Qwen2 decoder with two experts per layer.
 
 Every projection, norm and MLP exists once for understanding (text and ViT tokens) and once for generation
-(VAE tokens); attention is common. The hidden states stay apart, one tensor per expert, through all
-layers; only queries, keys and values are put together in packed order for attention, which the caller gives (a
-KV cache in the runtime, a mask in training).
+(VAE tokens); attention is common. The hidden states stay apart, one tensor per expert, through all layers;
+only queries, keys and values are put together in packed order for attention, which the caller gives (a KV
+cache in the runtime, a mask in training).
 
 Shapes: `L` packed tokens (in `parts`: the tokens of one expert), `E` width, `H` query heads, `K` KV heads,
 `D` head dim.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ MARKERS = {
 class Tokenizer:
     """Text to ids and back.
 
-    `bos` and `eos` frame a turn of text, `start_of_image` and `end_of_image` a picture. These markers are added
-    where the folder's vocabulary lacks them, in this order, behind its last id.
+    `bos` and `eos` frame a turn of text, `start_of_image` and `end_of_image` a picture. These markers are
+    added where the folder's vocabulary lacks them, in this order, behind its last id.
     """
 
     def __init__(self, backend: Any, files: dict[str, bytes]) -> None:
@@ -49,10 +50,8 @@ class Tokenizer:
         files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
         if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files.keys():
             raise ValueError(f"{folder}: no tokenizer: expected vocab.json and merges.txt, or tokenizer.json")
-        try:
-            backend = Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{folder}: the tokenizer files cannot be read: {error}") from error
+        _check_files(folder, files)
+        backend = Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
         return cls(backend, files)
 
     def __len__(self) -> int:
@@ -73,3 +72,14 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
             (folder / name).write_bytes(content)
+
+
+def _check_files(folder: Path, files: dict[str, bytes]) -> None:
+    """What is cut short or garbled is named here: the library's own error for it has no type and no file."""
+    for name, content in files.items():
+        try:
+            text = content.decode()
+            if name.endswith(".json") and not isinstance(json.loads(text), dict):
+                raise ValueError("expected a JSON object")
+        except ValueError as error:  # of which both decoding errors are kinds
+            raise ValueError(f"{folder / name}: the tokenizer file cannot be read: {error}") from None

@@ -207,7 +207,7 @@ def _read_sharded_headers(index_path: Path) -> dict[str, _Header]:
         raise ValueError(f"{index_path}: not a weight index: {error!r}") from None
     found: dict[str, _Header] = {}
     for name in names:
-        if Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index_path}: shard {name!r} must be a file beside the index")
         found.update(_read_headers(index_path.parent / name))
     for tensor, name in shard_of.items():
