@@ -1,0 +1,1 @@
+"""The command `realign`: a module for each subcommand, imported when it is called."""

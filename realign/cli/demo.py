@@ -1,0 +1,91 @@
+"""`realign demo`: the main job on prompts of the procedural world, drawn here, on the embedded mini model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from realign.cli.console import UsageError, print_error
+from realign.cli.files import Staging, dump_line
+from realign.cli.folder import HIDDEN, check_empty
+from realign.cli.generate import run_command
+from realign.cli.options import RunOptions, add_run_arguments
+from realign.world.tasks import WorldSample, sample
+
+PROMPTS_FOLDER = "prompts"
+# Tasks of the world in the order of the demo's prompts, repeated; scenes that no model was trained on.
+TASKS = ("in_context", "edit", "in_context", "t2i", "edit", "in_context")
+SPLIT = "test"
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        "demo",
+        help="a batch of interleaved prompts on the embedded mini model",
+        description="Draw prompts with reference pictures, and answer them: reasoning, then a picture.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", default="demo", metavar="DIR", help="the folder of this run (demo)")
+    parser.add_argument("--num-prompts", type=int, default=24, metavar="N", help="how many (24)")
+    add_run_arguments(parser)
+    parser.set_defaults(reasoning="ic-cot", steps=25, format="jsonl", prompts=None)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    try:
+        args.prompts = write_prompts(Path(args.out), args.num_prompts)
+    except UsageError as error:
+        print_error(error)
+        return 2
+    return run_command(RunOptions.from_args(args), allowed=(PROMPTS_FOLDER,))
+
+
+def write_prompts(out: Path, num_prompts: int) -> Path:
+    """Draw the prompts into `out/prompts`, unless they are there; returns their file. Raises UsageError."""
+    if num_prompts < 1:
+        raise UsageError(f"--num-prompts {num_prompts}: give at least 1")
+    if out.is_dir() and not (out / "run.json").exists():
+        check_empty(out, (PROMPTS_FOLDER,))
+    drawn = [sample(TASKS[i % len(TASKS)], i, split=SPLIT) for i in range(num_prompts)]
+    lines = "".join(dump_line(_describe(index, one)) for index, one in enumerate(drawn))
+    folder = out / PROMPTS_FOLDER
+    path = folder / "prompts.jsonl"
+    if path.exists() and path.read_text(encoding="utf-8") == lines:
+        return path
+    if path.exists():
+        raise UsageError(f"--out {out}: holds other prompts than these; name another folder")
+    try:
+        _write(folder, drawn, lines)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be made ({error.strerror}); choose another") from error
+    return path
+
+
+def _write(folder: Path, drawn: list[WorldSample], lines: str) -> None:
+    """The pictures first: where the file of prompts is, all is."""
+    staging = Staging(folder.parent / HIDDEN / "tmp")
+    for index, one in enumerate(drawn):
+        for number, reference in enumerate(one.references, start=1):
+            image = Image.fromarray(np.asarray(reference.picture, dtype=np.uint8))
+            staging.write(
+                folder / _picture_name(index, number), lambda file, image=image: image.save(file, "PNG")
+            )
+    staging.write_text(folder / "prompts.jsonl", lines)
+
+
+def _describe(index: int, drawn: WorldSample) -> dict[str, object]:
+    """A line of the prompt file: the references in their order, then the instruction that numbers them."""
+    pictures = [{"image": _picture_name(index, number)} for number in range(1, len(drawn.references) + 1)]
+    return {"id": _prompt_id(index), "prompt": [*pictures, {"text": drawn.text}]}
+
+
+def _prompt_id(index: int) -> str:
+    return f"{index:02d}-{TASKS[index % len(TASKS)]}"
+
+
+def _picture_name(index: int, number: int) -> str:
+    return f"{_prompt_id(index)}-image-{number}.png"

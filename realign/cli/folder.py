@@ -1,0 +1,234 @@
+"""The folder of a run: locked to one process, and at every instant fit for the next one to go on from.
+
+Its rule: a picture is moved into place whole, with its record inside it, and only then is the record appended
+to `records.jsonl`. So a kill leaves at most a torn last line and files in the hidden staging folder; a record
+that is missing is taken from its picture, and a picture that is missing is made again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from PIL import Image
+
+from realign.cli.console import UsageError, print_warning
+from realign.cli.files import Staging, dump_line, load_lines
+from realign.cli.layout import Layout, Task
+from realign.cli.pngs import is_whole_png, load_metadata, save_png
+
+HIDDEN = ".realign"
+REFERENCE_PIXELS = 1024
+_NO_LOCKS_HERE = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
+
+
+class RunFolder:
+    """A run's pictures, records and settings on disk.
+
+    Args:
+        path: the folder; made by `open`, not before.
+        layout: where the pictures lie.
+        settings: what must be the same for a run to go on here, by name.
+        allowed: names of entries that a new run may find in the folder.
+    """
+
+    def __init__(
+        self, path: Path, layout: Layout, settings: Mapping[str, Any], allowed: Sequence[str] = ()
+    ) -> None:
+        self.path = path
+        self._layout = layout
+        self._settings = dict(settings)
+        self._allowed = allowed
+        self._staging = Staging(path / HIDDEN / "tmp")
+        self._appended: list[str] = []
+
+    @property
+    def is_started(self) -> bool:
+        return (self.path / "run.json").exists()
+
+    def check(self) -> None:
+        """Look, without writing, whether `open` would work. Raises UsageError."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"--out {self.path}: is a file; name a folder")
+        self._check_writable()
+        if not self.path.exists():
+            return
+        if not self.is_started:
+            check_empty(self.path, self._allowed)
+            return
+        self._check_settings()
+        lock = self.path / HIDDEN / "lock"
+        if lock.exists():
+            with lock.open("r+") as file:
+                self._lock(file)
+
+    @contextmanager
+    def open(self, about: Mapping[str, Any]) -> Iterator[RunFolder]:
+        """Hold the folder for this process; a new one gets `run.json`: the settings, and what `about` says.
+
+        Raises UsageError where another process holds it, or it has another run.
+        """
+        self._make()
+        with (self.path / HIDDEN / "lock").open("a+") as file:
+            self._lock(file)
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            self._staging.clear()
+            if self.is_started:
+                self._check_settings()
+            else:
+                check_empty(self.path, self._allowed)
+                run = {"made_by": "realign", **about, "settings": self._settings}
+                self._staging.write_text(
+                    self.path / "run.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n"
+                )
+            yield self
+
+    def reconcile(self, tasks: Sequence[Task]) -> set[str]:
+        """Bring records and pictures in line, whatever happened; returns the request ids that are done."""
+        records = self._find_records({task.request_id: task for task in tasks})
+        for task in tasks:
+            if task.request_id not in records:
+                record = self._recover_record(task)
+                if record is not None:
+                    records[task.request_id] = record
+        self._rewrite_records(records, tasks)
+        self._appended = [task.request_id for task in tasks if task.request_id in records]
+        return set(records)
+
+    def save_picture(self, task: Task, image: Image.Image, record: dict[str, Any]) -> None:
+        """Put the picture in place, its settings and record in its metadata, then append the record."""
+        self._make_prompt_folder(task)
+        record = {"request": task.request_id, "file": self._layout.picture_file(task), **record}
+        metadata = {"record": record, "settings": self._settings}
+        self._staging.write(self.path / record["file"], lambda file: save_png(image, file, metadata))
+        with (self.path / "records.jsonl").open("ab") as file:
+            file.write(dump_line(record).encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        self._appended.append(task.request_id)
+
+    def save_reference(self, sha256: str, image: Image.Image) -> str:
+        """Keep a reference picture for the gallery, at most 1024 pixels a side; returns its relative name."""
+        name = f"refs/{sha256[:16]}.png"
+        if not (self.path / name).exists():
+            small = image.copy()
+            small.thumbnail((REFERENCE_PIXELS, REFERENCE_PIXELS))
+            self._staging.write(self.path / name, lambda file: small.save(file, format="PNG"))
+        return name
+
+    def sort_records(self, tasks: Sequence[Task]) -> None:
+        """Order `records.jsonl` as the prompts are, where a restart has mixed it."""
+        if self._appended != [task.request_id for task in tasks]:
+            records = {record["request"]: record for record in load_lines(self.path / "records.jsonl")}
+            self._rewrite_records(records, tasks)
+
+    def _make(self) -> None:
+        try:
+            (self.path / HIDDEN).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"--out {self.path}: cannot be made ({error.strerror}); choose another"
+            ) from error
+
+    def _check_writable(self) -> None:
+        place = self.path
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir():
+            raise UsageError(f"--out {self.path}: {place} is a file; name a folder elsewhere")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UsageError(f"--out {self.path}: {place} cannot be written to; choose another")
+
+    def _check_settings(self) -> None:
+        try:
+            run = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            settings = dict(run["settings"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"--out {self.path}: run.json is not realign's; name a new or empty folder"
+            ) from error
+        names = [*self._settings, *(name for name in settings if name not in self._settings)]
+        differing = [name for name in names if settings.get(name) != self._settings.get(name)]
+        if differing:
+            shown = ", ".join(
+                f"{n} was {_show(settings.get(n))}, is {_show(self._settings.get(n))}" for n in differing
+            )
+            raise UsageError(
+                f"--out {self.path}: holds another run: {shown}; repeat its settings or name another folder"
+            )
+
+    def _lock(self, file: IO[str]) -> None:
+        """Held until the file is closed, or the process dies in whatever way."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            what = f"another realign process (pid {holder}) is writing here"
+            raise UsageError(f"--out {self.path}: {what}; wait for it or name another folder") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS_HERE:
+                raise
+            print_warning(f"{self.path} is on a disk without locks: do not start a second run there")
+
+    def _find_records(self, planned: Mapping[str, Task]) -> dict[str, dict]:
+        """The records whose picture is there and whole, by request id."""
+        records: dict[str, dict] = {}
+        for record in load_lines(self.path / "records.jsonl"):
+            task = planned.get(str(record.get("request")))
+            if task is None or record.get("file") != self._layout.picture_file(task):
+                continue
+            if is_whole_png(self.path / record["file"]):
+                records[task.request_id] = record
+        return records
+
+    def _recover_record(self, task: Task) -> dict | None:
+        """The record inside a whole picture of this very run that was killed before it could append it."""
+        path = self.path / self._layout.picture_file(task)
+        if not is_whole_png(path):
+            return None
+        metadata = load_metadata(path)
+        record = metadata.get("record")
+        if metadata.get("settings") != self._settings or not isinstance(record, dict):
+            return None
+        return record if record.get("request") == task.request_id else None
+
+    def _rewrite_records(self, records: Mapping[str, dict], tasks: Sequence[Task]) -> None:
+        text = "".join(dump_line(records[task.request_id]) for task in tasks if task.request_id in records)
+        path = self.path / "records.jsonl"
+        if not path.exists() or path.read_bytes() != text.encode("utf-8"):
+            self._staging.write_text(path, text)
+
+    def _make_prompt_folder(self, task: Task) -> None:
+        """A folder that readers take as a whole appears at once, with all its files."""
+        wanted = self._layout.prompt_folder(task)
+        if wanted is None or (self.path / wanted[0]).exists():
+            return
+        name, files = wanted
+        staged = self._staging.new_path()
+        picture = Path(self._layout.picture_file(task)).relative_to(name)
+        (staged / picture.parent).mkdir(parents=True)
+        for file_name, text in files.items():
+            (staged / file_name).write_text(text, encoding="utf-8", newline="")
+        os.rename(staged, self.path / name)
+
+
+def check_empty(path: Path, allowed: Sequence[str] = ()) -> None:
+    """Raises UsageError where an existing folder has entries other than those allowed."""
+    strange = sorted(entry.name for entry in path.iterdir() if entry.name not in (HIDDEN, *allowed))
+    if strange:
+        what = f"has files that realign did not make ({strange[0]!r})"
+        raise UsageError(f"--out {path}: {what}; name a new or empty folder")
+
+
+def _show(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,41 @@
+"""`realign gallery`: make the pages of a run's folder again, also while the run is still going on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from realign.cli.console import UsageError, print_error
+from realign.cli.files import Staging, load_lines
+from realign.cli.folder import HIDDEN
+from realign.gallery.pages import build_pages
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser("gallery", help="rebuild index.html of a folder that generate made")
+    parser.add_argument("folder", metavar="DIR", help="the folder of a generate run, finished or not")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    try:
+        print(write_gallery(Path(args.folder)))
+    except UsageError as error:
+        print_error(error)
+        return 2
+    return 0
+
+
+def write_gallery(folder: Path) -> Path:
+    """Write the pages from `run.json` and `records.jsonl`; returns the first. Raises UsageError."""
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{folder}: has no run.json that can be read; name a folder that generate made"
+        ) from error
+    staging = Staging(folder / HIDDEN / "tmp")
+    for name, html in build_pages(run, list(load_lines(folder / "records.jsonl"))):
+        staging.write_text(folder / name, html)
+    return folder / "index.html"

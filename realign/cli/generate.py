@@ -1,0 +1,202 @@
+"""`realign generate`: a file of prompts to a folder of pictures, with their records and a gallery.
+
+Everything is checked before the folder is made. The same command again goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import realign
+from realign.cli.console import RunError, UsageError, print_error, print_note, print_warning
+from realign.cli.folder import RunFolder
+from realign.cli.gallery import write_gallery
+from realign.cli.job import Job, build_tasks
+from realign.cli.layout import build_layout
+from realign.cli.models import ModelFolder
+from realign.cli.options import PROMPT_FORMATS, RunOptions, add_run_arguments
+from realign.cli.sizes import check_given_size, check_sizes
+from realign.data.readers import PromptError, PromptFile, Reference, load_references, read_prompts
+
+if TYPE_CHECKING:
+    from realign.runtime.engine import Engine
+
+DEFAULT_BATCH_SIZE = 16
+LIBRARIES = ("torch", "transformers", "safetensors", "pillow", "numpy")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        "generate",
+        help="pictures from a file of prompts",
+        description="Make the pictures of a file of prompts. The same command again goes on.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "prompts", metavar="PROMPTS", help=".txt, .jsonl, or GenEval's metadata with --format geneval"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="the folder of this run; made if it is not there"
+    )
+    parser.add_argument("--format", default="auto", choices=PROMPT_FORMATS, help="default: by the extension")
+    add_run_arguments(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    return run_command(RunOptions.from_args(args))
+
+
+def run_command(options: RunOptions, allowed: tuple[str, ...] = ()) -> int:
+    """Run a whole command; returns its exit code. `allowed`: entries that a new folder may hold already."""
+    try:
+        run = PreparedRun.check(options, allowed)
+        return run.execute()
+    except (UsageError, PromptError) as error:
+        print_error(error)
+        return 2
+    except KeyboardInterrupt:
+        print_note(f"stopped; what is done is in {options.out}; run the same command again to go on")
+        return 130
+    except (RunError, OSError) as error:
+        print_error(f"{error}; what is done is in {options.out}; run the same command again to go on")
+        return 1
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A command that has passed every check, before anything is written or loaded."""
+
+    options: RunOptions
+    prompts: PromptFile
+    references: Mapping[Path, Reference]
+    model: ModelFolder
+    device: str
+    dtype: str
+    folder: RunFolder
+
+    @classmethod
+    def check(cls, options: RunOptions, allowed: tuple[str, ...] = ()) -> PreparedRun:
+        """Raises PromptError or UsageError for whatever would not work."""
+        options.check()
+        prompts = read_prompts(options.prompts, options.format)
+        references = load_references(prompts)
+        device, dtype = resolve_device(options.device, options.dtype)
+        model = ModelFolder.find(options.model)
+        check_given_size(options.picture, model.config)
+        check_sizes(options.picture, model.config, prompts, references)
+        settings = {
+            **options.picture.as_json(),
+            "format": prompts.format,
+            "device": device.partition(":")[0],
+            "dtype": dtype,
+            "prompts_sha256": prompts.sha256,
+            "references_sha256": _hash_references(prompts, references),
+            "model_fingerprint": model.fingerprint(),
+        }
+        layout = build_layout(prompts.format, options.picture.num_images)
+        folder = RunFolder(options.out, layout, settings, allowed)
+        folder.check()
+        _warn_untrained(options.picture.reasoning, model)
+        return cls(options, prompts, references, model, device, dtype, folder)
+
+    def execute(self) -> int:
+        tasks = build_tasks(self.prompts, self.options.picture.num_images)
+        # A new folder is made only once the weights are known to load.
+        engine = None if self.folder.is_started else self.load_engine()
+        with self.folder.open(self.describe()) as folder:
+            done = folder.reconcile(tasks)
+            pending = [task for task in tasks if task.request_id not in done]
+            if pending:
+                batch_size = self.options.batch_size or DEFAULT_BATCH_SIZE
+                there = f", {len(done)} are there already" if done else ""
+                print_note(
+                    f"{len(pending)} pictures to make{there}; {batch_size} at a time, {self.device}, {self.dtype}"
+                )
+                job = Job(self.prompts, self.references, self.options.picture, folder, batch_size)
+                job.run(pending, len(done), engine or self.load_engine())
+            folder.sort_records(tasks)
+            page = write_gallery(folder.path)
+        print(f"{len(tasks)} pictures ({len(pending)} new) in {folder.path}; look at them in {page}")
+        return 0
+
+    def load_engine(self) -> Engine:
+        """Load the weights; raises UsageError where they are damaged or do not fit."""
+        import torch
+
+        from realign.model.bagel import Bagel
+        from realign.reasoning.programs import PROGRAMS
+        from realign.runtime.engine import Engine
+
+        try:
+            model = Bagel.from_pretrained(
+                self.model.path, device=self.device, dtype=getattr(torch, self.dtype)
+            )
+        except ValueError as error:
+            raise UsageError(f"--model {self.model.name}: {error}") from error
+        return Engine(model, PROGRAMS)
+
+    def describe(self) -> dict[str, Any]:
+        """What `run.json` says beside the settings: for people, not compared."""
+        return {
+            "version": realign.__version__,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "model": {"name": self.model.name, "path": str(self.model.path.resolve())},
+            "prompts": {"file": str(self.options.prompts.resolve()), "count": len(self.prompts.entries)},
+            "versions": {"python": platform.python_version(), **_library_versions()},
+        }
+
+
+def resolve_device(device: str, dtype: str) -> tuple[str, str]:
+    """The device and dtype meant by 'auto', and a check that the named ones exist. Raises UsageError."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device {device}: give auto, cpu, cuda or cuda:N")
+    if device != "cpu":
+        device = _find_cuda(device)
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    return device, dtype
+
+
+def _find_cuda(device: str) -> str:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if count else "cpu"
+    if int(device.partition(":")[2] or 0) >= count:
+        raise UsageError(f"--device {device}: torch finds {count} CUDA devices here; give auto or cpu")
+    return device
+
+
+def _hash_references(prompts: PromptFile, references: Mapping[Path, Reference]) -> str:
+    pictures = (references[part.path].sha256 for entry in prompts.entries for part in entry.pictures)
+    return hashlib.sha256("\n".join(pictures).encode()).hexdigest()
+
+
+def _warn_untrained(mode: str, model: ModelFolder) -> None:
+    trained = model.config.reasoning_modes
+    if mode not in trained:
+        print_warning(
+            f"{model.name} was not trained for reasoning {mode!r}, only for {', '.join(trained)}: "
+            "expect poor text"
+        )
+
+
+def _library_versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,134 @@
+"""The work of a run: the pictures still to make, batch by batch, each saved as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from realign.cli.console import RunError, build_progress
+from realign.cli.folder import RunFolder
+from realign.cli.layout import Task
+from realign.cli.options import PictureOptions
+from realign.data.images import Picture, load_picture
+from realign.data.readers import PictureEntry, PromptFile, Reference, TextEntry
+
+if TYPE_CHECKING:
+    from realign.runtime.engine import Engine
+    from realign.runtime.request import Reasoning, Request, Sample
+    from realign.runtime.settings import Settings
+
+REFERENCES_KEPT = 64
+
+
+def build_tasks(prompts: PromptFile, num_images: int) -> list[Task]:
+    return [Task(entry, index) for entry in prompts.entries for index in range(num_images)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything the batches need: prompts and reference pictures as checked, what decides the pictures, and
+    where they go.
+    """
+
+    prompts: PromptFile
+    references: Mapping[Path, Reference]
+    options: PictureOptions
+    folder: RunFolder
+    batch_size: int
+
+    def run(self, tasks: Sequence[Task], num_done: int, engine: Engine) -> None:
+        """Make the pictures of `tasks`; `num_done` others are there already."""
+        settings = build_settings(self.options)
+        load = lru_cache(maxsize=REFERENCES_KEPT)(self._load_reference)
+        with build_progress(len(tasks) + num_done, num_done) as progress:
+            for batch in _batches(tasks, self.batch_size):
+                requests = [build_request(task, self.seed_of(task), settings, load) for task in batch]
+                for task, sample in zip(batch, engine.run(requests), strict=True):
+                    self.folder.save_picture(task, sample.image, self._record(task, sample, load))
+                    progress.advance()
+
+    def seed_of(self, task: Task) -> int:
+        return self.options.seed if task.entry.seed is None else task.entry.seed
+
+    def _load_reference(self, path: Path) -> Picture:
+        try:
+            picture = load_picture(path)
+        except ValueError as error:
+            raise RunError(error) from error
+        if picture.sha256 != self.references[path].sha256:
+            raise RunError(f"picture {str(path)!r} was changed while the run was going on")
+        return picture
+
+    def _record(self, task: Task, sample: Sample, load: Callable[[Path], Picture]) -> dict[str, Any]:
+        parts = []
+        for part in task.entry.parts:
+            if isinstance(part, TextEntry):
+                parts.append({"text": part.text})
+            else:
+                picture = load(part.path)
+                name = self.folder.save_reference(picture.sha256, picture.image)
+                parts.append({"image": name, "source": part.name})
+        return {
+            "id": task.entry.id,
+            "index": task.index,
+            "seed": self.seed_of(task),
+            "height": sample.image.height,
+            "width": sample.image.width,
+            "prompt": parts,
+            "reasoning": _describe_reasoning(sample.reasoning),
+        }
+
+
+def build_settings(options: PictureOptions) -> Settings:
+    """The command line's options as the runtime's settings."""
+    from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
+
+    return Settings(
+        height=options.height,
+        width=options.width,
+        reasoning=options.reasoning,
+        num_timesteps=options.steps,
+        timestep_shift=options.timestep_shift,
+        guidance=GuidanceSettings(
+            text_scale=options.text_guidance_scale,
+            image_scale=options.image_guidance_scale,
+            interval=options.guidance_interval,
+            renorm=options.guidance_renorm,
+            renorm_min=options.guidance_renorm_min,
+        ),
+        text=TextSettings(
+            max_tokens=options.max_reasoning_tokens, temperature=options.temperature, top_p=options.top_p
+        ),
+    )
+
+
+def build_request(task: Task, seed: int, settings: Settings, load: Callable[[Path], Picture]) -> Request:
+    from realign.runtime.request import ImagePart, Prompt, Request, TextPart
+
+    parts = [
+        ImagePart(load(part.path).image) if isinstance(part, PictureEntry) else TextPart(part.text)
+        for part in task.entry.parts
+    ]
+    return Request(id=task.request_id, prompt=Prompt(tuple(parts)), seed=seed, settings=settings)
+
+
+def _describe_reasoning(reasoning: Reasoning | None) -> dict[str, Any] | None:
+    if reasoning is None:
+        return None
+    return {
+        "mode": reasoning.mode,
+        "text": reasoning.text,
+        "caption": reasoning.caption,
+        "relations": list(reasoning.relations),
+        "error": reasoning.error,
+    }
+
+
+def _batches(tasks: Sequence[Task], size: int) -> Iterator[list[Task]]:
+    rest = iter(tasks)
+    while batch := list(islice(rest, size)):
+        yield batch

@@ -1,0 +1,161 @@
+"""The settings of a generate run, as the command line gives them and its folder keeps them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from realign.cli.console import UsageError
+from realign.data.readers import MAX_SEED
+from realign.model.config import REASONING_MODES
+
+RENORMS = ("global", "channel", "text_channel", "none")
+DTYPES = ("float32", "bfloat16")
+PROMPT_FORMATS = ("auto", "txt", "jsonl", "geneval")
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """What decides the pictures, beside model, prompts and device; named as on the command line."""
+
+    reasoning: str = "none"
+    num_images: int = 1
+    height: int | None = None
+    width: int | None = None
+    steps: int = 50
+    text_guidance_scale: float = 4.0
+    image_guidance_scale: float = 2.0
+    guidance_interval: tuple[float, float] = (0.4, 1.0)
+    guidance_renorm: str = "global"
+    guidance_renorm_min: float = 0.0
+    timestep_shift: float = 3.0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_reasoning_tokens: int = 512
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises UsageError for a value that no model could take."""
+        _check_range("--num-images", self.num_images, 1)
+        _check_range("--steps", self.steps, 2)
+        _check_range("--text-guidance-scale", self.text_guidance_scale, 0.0)
+        _check_range("--image-guidance-scale", self.image_guidance_scale, 0.0)
+        _check_range("--guidance-renorm-min", self.guidance_renorm_min, 0.0, 1.0)
+        _check_range("--temperature", self.temperature, 0.0)
+        _check_range("--max-reasoning-tokens", self.max_reasoning_tokens, 1)
+        _check_range("--seed", self.seed, 0, MAX_SEED)
+        _check_positive("--timestep-shift", self.timestep_shift)
+        _check_positive("--top-p", self.top_p, 1.0)
+        low, high = self.guidance_interval
+        if not 0.0 <= low < high <= 1.0:
+            raise UsageError(
+                f"--guidance-interval {low:g} {high:g}: give two times LOW HIGH with 0 <= LOW < HIGH <= 1"
+            )
+
+    def as_json(self) -> dict[str, object]:
+        values = asdict(self)
+        values["guidance_interval"] = list(self.guidance_interval)
+        return values
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """A whole generate command."""
+
+    prompts: Path
+    out: Path
+    format: str = "auto"
+    model: str = "mini"
+    batch_size: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    picture: PictureOptions = PictureOptions()
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> RunOptions:
+        values = vars(args)
+        picture = {name: values[name] for name in PictureOptions.__dataclass_fields__}
+        picture["guidance_interval"] = tuple(picture["guidance_interval"])
+        own = {name: values[name] for name in ("format", "model", "batch_size", "device", "dtype")}
+        return cls(Path(args.prompts), Path(args.out), picture=PictureOptions(**picture), **own)
+
+    def check(self) -> None:
+        self.picture.check()
+        if self.batch_size is not None:
+            _check_range("--batch-size", self.batch_size, 1)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """All options of a run but its prompts and folder."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="mini", help="mini, or a folder with a BAGEL checkpoint (mini)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (cuda where there is one)")
+    group.add_argument(
+        "--dtype", default="auto", choices=("auto", *DTYPES), help="(bfloat16 on cuda, else float32)"
+    )
+    group.add_argument(
+        "--batch-size", type=int, metavar="N", help="pictures at a time; no picture depends on it (16)"
+    )
+    for title, fields in PICTURE_ARGUMENTS.items():
+        group = parser.add_argument_group(title)
+        for name, (metavar, meaning) in fields.items():
+            _add_field(group, name, metavar, meaning)
+
+
+# By group of the help: the fields of PictureOptions, each with its metavar (or choices) and its meaning.
+PICTURE_ARGUMENTS = {
+    "pictures": {
+        "num_images": ("N", "pictures for each prompt"),
+        "height": ("PIXELS", "with --width; else the model's rule"),
+        "width": ("PIXELS", "with --height"),
+        "steps": ("N", "timesteps, so N - 1 denoising steps"),
+        "timestep_shift": ("S", "above 1: more of the steps at high noise"),
+        "seed": ("N", "of prompts without their own"),
+    },
+    "guidance": {
+        "text_guidance_scale": ("S", "1 is off"),
+        "image_guidance_scale": ("S", "1 is off"),
+        "guidance_interval": (("LOW", "HIGH"), "guide while LOW < t <= HIGH; t = 1 is noise"),
+        "guidance_renorm": (RENORMS, "what the guided velocity's norm is held to"),
+        "guidance_renorm_min": ("S", "the least factor of renorm"),
+    },
+    "reasoning": {
+        "reasoning": (REASONING_MODES, "what is written before the picture"),
+        "temperature": ("T", "0 is greedy"),
+        "top_p": ("P", "keep the likeliest tokens of this total probability"),
+        "max_reasoning_tokens": ("N", "where a text is cut off"),
+    },
+}
+
+
+def _add_field(
+    group: argparse._ArgumentGroup, name: str, metavar: str | tuple[str, ...], meaning: str
+) -> None:
+    default = getattr(PictureOptions, name)
+    flag = f"--{name.replace('_', '-')}"
+    if default is None:
+        group.add_argument(flag, type=int, metavar=metavar, help=meaning)
+    elif isinstance(default, str):
+        group.add_argument(flag, choices=metavar, default=default, help=f"{meaning} ({default})")
+    elif isinstance(default, tuple):
+        shown = " ".join(f"{value:g}" for value in default)
+        group.add_argument(
+            flag, type=float, nargs=2, metavar=metavar, default=default, help=f"{meaning} ({shown})"
+        )
+    else:
+        kind = type(default)
+        group.add_argument(flag, type=kind, metavar=metavar, default=default, help=f"{meaning} ({default})")
+
+
+def _check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        upper = "" if math.isinf(high) else f" and at most {high:g}"
+        raise UsageError(f"{name} {value}: give a number that is at least {low:g}{upper}")
+
+
+def _check_positive(name: str, value: float, high: float = math.inf) -> None:
+    if not (math.isfinite(value) and 0.0 < value <= high):
+        upper = "" if math.isinf(high) else f" and at most {high:g}"
+        raise UsageError(f"{name} {value}: give a number above 0{upper}")
