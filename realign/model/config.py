@@ -120,8 +120,8 @@ class ResizeRule:
 class BagelConfig:
     """A whole model; `load` and `save` speak the published folder layout.
 
-    Beside BAGEL's own values: the two resize rules, the default picture size (height, width), whether a prompt
-    with pictures rather takes the size of its last one (as BAGEL does; not for a model of one size), the
+    Beside BAGEL's own values: the two resize rules, the default picture size (height, width), whether a
+    prompt with pictures rather takes the size of its last one (as BAGEL does; not for a model of one size), the
     reasoning modes that the weights were trained for, and a name.
     """
 
@@ -250,13 +250,13 @@ def _load_vit(folder: Path, main: Mapping[str, Any]) -> ViTConfig:
 
 
 def _load_autoencoder(folder: Path, main: Mapping[str, Any]) -> AutoencoderConfig:
-    """`config.json`'s `vae_config` tells little (downsample, z_channels), `ae_config.json` all; FLUX's values else."""
+    """`ae_config.json` tells all, `config.json`'s `vae_config` a little; what neither tells is FLUX's."""
     path = folder / "ae_config.json"
     section, own = _section(main, "vae_config", folder), _read_json(path) or {}
     for key in sorted(section.keys() & own.keys()):
         if section[key] != own[key]:
             raise ValueError(
-                f"{path}: {key} is {own[key]}, but vae_config in config.json says {section[key]}: make them agree"
+                f"{path}: {key} is {own[key]}, but vae_config in config.json says {section[key]}: not the same"
             )
     return _build(AutoencoderConfig, {**section, **own}, path if own else folder / "config.json")
 
