@@ -1,0 +1,1 @@
+"""Measurements: `python -m bench`. Nothing in the package imports this."""
