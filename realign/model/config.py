@@ -121,8 +121,8 @@ class BagelConfig:
     """A whole model; `load` and `save` speak the published folder layout.
 
     Beside BAGEL's own values: the two resize rules, the default picture size (height, width), whether a
-    prompt with pictures rather takes the size of its last one (as BAGEL does; not for a model of one size), the
-    reasoning modes that the weights were trained for, and a name.
+    prompt with pictures rather takes the size of its last one (as BAGEL does; not for a model of one size),
+    the reasoning modes that the weights were trained for, and a name.
     """
 
     llm: LLMConfig
@@ -256,7 +256,7 @@ def _load_autoencoder(folder: Path, main: Mapping[str, Any]) -> AutoencoderConfi
     for key in sorted(section.keys() & own.keys()):
         if section[key] != own[key]:
             raise ValueError(
-                f"{path}: {key} is {own[key]}, but vae_config in config.json says {section[key]}: not the same"
+                f"{path}: {key} is {own[key]}, but config.json's vae_config says {section[key]}"
             )
     return _build(AutoencoderConfig, {**section, **own}, path if own else folder / "config.json")
 
