@@ -255,9 +255,7 @@ def _load_autoencoder(folder: Path, main: Mapping[str, Any]) -> AutoencoderConfi
     section, own = _section(main, "vae_config", folder), _read_json(path) or {}
     for key in sorted(section.keys() & own.keys()):
         if section[key] != own[key]:
-            raise ValueError(
-                f"{path}: {key} is {own[key]}, but config.json's vae_config says {section[key]}"
-            )
+            raise ValueError(f"{path}: {key} is {own[key]}, but config.json's vae_config says {section[key]}")
     return _build(AutoencoderConfig, {**section, **own}, path if own else folder / "config.json")
 
 

@@ -108,7 +108,9 @@ def test_the_two_words_about_the_autoencoder(published: Path) -> None:
     (published / "config.json").write_text(json.dumps({"vae_config": flux}))
     assert BagelConfig.load(published).autoencoder == AutoencoderConfig()
     (published / "ae_config.json").write_text(json.dumps({"z_channels": 8}))
-    with pytest.raises(ValueError, match=r"ae_config\.json: z_channels is 8, but config\.json's vae_config says 16"):
+    with pytest.raises(
+        ValueError, match=r"ae_config\.json: z_channels is 8, but config\.json's vae_config says 16"
+    ):
         BagelConfig.load(published)
 
 
