@@ -19,7 +19,7 @@ def _load_extension() -> tuple[ModuleType | None, str]:
     try:
         extension = importlib.import_module("realign_kernels._C")
     except ImportError as error:
-        return None, f"the compiled extension is not there ({error})"
+        return None, f"no compiled extension, plain torch runs in its place ({error})"
     return extension, f"compiled extension: {extension.__file__}"
 
 
