@@ -64,19 +64,26 @@ class Generator:
         self.engine = Engine(model, PROGRAMS)
 
     def generate(
-        self, prompts: Sequence[Any], *, num_images: int = 1, seed: int = 0, batch_size: int = 16, **options: Any
+        self,
+        prompts: Sequence[Any],
+        *,
+        num_images: int = 1,
+        seed: int = 0,
+        batch_size: int = 16,
+        **options: Any,
     ) -> list[Sample]:
         """Make `num_images` pictures of each prompt.
 
         Args:
-            prompts: each a text; or a list of texts and PIL pictures, in order; or a `Prompt`; or a `Request`, which
-                is made as it is.
+            prompts: each a text; or a list of texts and PIL pictures, in order; or a `Prompt`; or a
+                `Request`, which is made as it is.
             seed: with the number of the prompt and of its picture it decides the noise.
             batch_size: pictures at a time; it does not change them.
             options: see `GenerateOptions`.
 
-        Returns: samples in the order of the prompts, a prompt's pictures together; each has `image`, `reasoning`
-            (`caption`, `relations`, `text`, `error`; None where none was asked for) and `trajectory`.
+        Returns: samples in the order of the prompts, a prompt's pictures together; each has `image`,
+            `reasoning` (`caption`, `relations`, `text`, `error`; None where none was asked for) and
+            `trajectory`.
         Raises: ValueError for a prompt or option that cannot be used.
         """
         requests = build_requests(prompts, build_settings(**options), num_images, seed)
@@ -125,7 +132,9 @@ def build_settings(**options: Any) -> Settings:
     return GenerateOptions(**options).settings()
 
 
-def build_requests(prompts: Sequence[Any], settings: Settings, num_images: int = 1, seed: int = 0) -> list[Request]:
+def build_requests(
+    prompts: Sequence[Any], settings: Settings, num_images: int = 1, seed: int = 0
+) -> list[Request]:
     """Number prompts and pictures: prompt 3's picture 1 is the request "00003/1".
 
     Raises: ValueError naming the prompt that cannot be used.

@@ -1,1 +1,1 @@
-"""What is read and written before a picture: the reasoning formats, their prompts, and the programs that take turns."""
+"""What is read and written before a picture: reasoning formats, their prompts, turn-taking programs."""

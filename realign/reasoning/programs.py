@@ -1,7 +1,7 @@
 """The reasoning modes as programs: what each reads and writes, and which contexts guide the picture.
 
-All of them read [system text], the prompt, [the reasoning, a text turn of its own], and draw. Their branches are BAGEL's
-(arXiv 2505.14683, `InterleaveInferencer`):
+All of them read [system text], the prompt, [the reasoning, a text turn of its own], and draw. Their branches
+are BAGEL's (arXiv 2505.14683, `InterleaveInferencer`):
 
 - conditional: all of that;
 - text-unconditional: the system text and the prompt up to its closing text, without the reasoning;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# What BAGEL's weights were trained to read, to the letter (ByteDance-Seed/Bagel, Apache-2.0): a format, not a wording.
+# To the letter what BAGEL's weights were trained to read (ByteDance-Seed/Bagel, Apache-2.0).
 THINK = (
     "You should first think about the planning process in the mind and then generate the image. \n"
     "The planning process is enclosed within <think> </think> tags, "

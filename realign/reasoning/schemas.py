@@ -1,10 +1,10 @@
-"""In-Context Chain-of-Thought (Re-Align, arXiv 2601.05124): what the picture will show, and what each reference gives.
+"""In-Context Chain-of-Thought: what the picture will show, and what each reference gives.
 
-Two forms are in use. Tags, which is what is written here and what models are trained on:
+Source: Re-Align, arXiv 2601.05124. Two forms are in use: tags, which are written here and trained on,
 
     <out_caption>a red star on a beach</out_caption><relation_1>the star is from image 1.</relation_1>
 
-and JSON, with the same names: `{"out_caption": "..", "relations": [{"relation_1": ".."}]}`. Both are read.
+and JSON with the same names, `{"out_caption": "..", "relations": [{"relation_1": ".."}]}`. Both are read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ RELATION = re.compile(r"relation_([1-9]\d*)")
 
 @dataclass(frozen=True)
 class ICCoT:
-    """`caption`: what the picture shows. `relations`: for each reference, in order, what the picture has from it."""
+    """`caption`: what the picture shows. `relations`: for each reference, in order, what the picture has from
+    it.
+    """
 
     caption: str
     relations: tuple[str, ...] = ()
@@ -56,7 +58,9 @@ def parse_iccot(text: str, num_references: int | None = None) -> ICCoT:
         stripped = fenced.group(1).strip()
     iccot = _read_json(stripped) if stripped.startswith("{") else _read_tags(stripped)
     if num_references is not None and len(iccot.relations) != num_references:
-        raise ValueError(f"IC-CoT has {len(iccot.relations)} relations for {num_references} references: one each is needed")
+        raise ValueError(
+            f"IC-CoT has {len(iccot.relations)} relations for {num_references} references: one each is needed"
+        )
     return iccot
 
 
@@ -96,10 +100,16 @@ def _read_json(text: str) -> ICCoT:
         raise ValueError("IC-CoT is broken JSON: nested too deeply") from None
     unknown = sorted(content.keys() - {"out_caption", "relations"})
     if unknown:
-        raise ValueError(f"IC-CoT has the unknown field {unknown[0]!r}: out_caption and relations are the fields")
+        raise ValueError(
+            f"IC-CoT has the unknown field {unknown[0]!r}: out_caption and relations are the fields"
+        )
     relations = content.get("relations", [])
-    if not isinstance(relations, list) or not all(isinstance(item, dict) and len(item) == 1 for item in relations):
-        raise ValueError(f'IC-CoT relations are {_excerpt(relations)}: must be a list such as [{{"relation_1": ".."}}]')
+    if not isinstance(relations, list) or not all(
+        isinstance(item, dict) and len(item) == 1 for item in relations
+    ):
+        raise ValueError(
+            f'IC-CoT relations are {_excerpt(relations)}: must be a list such as [{{"relation_1": ".."}}]'
+        )
     fields = {"out_caption": content["out_caption"]} if "out_caption" in content else {}
     for item in relations:
         name, relation = next(iter(item.items()))
@@ -125,11 +135,15 @@ def _build(fields: Mapping[str, Any]) -> ICCoT:
         if not isinstance(value, str):
             raise ValueError(f"IC-CoT {name} is {_excerpt(value)}: must be text")
         if name != "out_caption" and not RELATION.fullmatch(name):
-            raise ValueError(f"IC-CoT has the unknown relation {name!r}: relation_1, relation_2, ... are the names")
+            raise ValueError(
+                f"IC-CoT has the unknown relation {name!r}: relation_1, relation_2, ... are the names"
+            )
     count = len(fields) - 1
     missing = [f"relation_{number}" for number in range(1, count + 1) if f"relation_{number}" not in fields]
     if missing:
-        raise ValueError(f"IC-CoT has {count} relations but no {missing[0]}: they are numbered from 1 without gaps")
+        raise ValueError(
+            f"IC-CoT has {count} relations but no {missing[0]}: they are numbered from 1 without gaps"
+        )
     relations = tuple(fields[f"relation_{number}"].strip() for number in range(1, count + 1))
     return ICCoT(fields["out_caption"].strip(), relations)
 

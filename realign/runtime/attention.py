@@ -1,11 +1,11 @@
 """Attention of packed new tokens to their rows' contexts and to each other, by padding.
 
-A row is a context and the new tokens after it. Rows of like length are padded together once, when a call (or a whole
-denoising loop) begins; after that every layer is one fused attention per group of rows. Padding is zeros, behind a
-mask.
+A row is a context and the new tokens after it. Rows of like length are padded together once, when a call (or
+a whole denoising loop) begins; after that every layer is one fused attention per group of rows. Padding is
+zeros, behind a mask.
 
-N layers, R rows, H query heads, K key-value heads, G = H / K, D head dim, L packed new tokens, Q padded new tokens of a
-row, C padded context tokens of a row.
+N layers, R rows, H query heads, K key-value heads, G = H / K, D head dim, L packed new tokens, Q padded new
+tokens of a row, C padded context tokens of a row.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from realign.model.bagel import Bagel
 if TYPE_CHECKING:
     from realign.runtime.context import Context
 
-# Rows are padded together while the longest is at most this many times, or this many tokens, longer than the shortest.
+# Rows are padded together while the longest is at most this many times, or this many tokens, longer than the
+# shortest.
 MAX_RATIO, MAX_EXTRA = 2.0, 256
 
 
@@ -79,7 +80,7 @@ class _Group:
         return out_LHD if self.slot_L is None else out_LHD.index_select(0, self.slot_L)
 
     def _find_slots(self, lengths: Sequence[int], device: torch.device) -> Tensor | None:
-        """Where each packed token lies in [R * Q]; None where it is there already, all rows being equally long."""
+        """Where each packed token lies in [R * Q]; None if all rows are equally long: it lies there."""
         if min(lengths) == self.num_new:
             return None
         slots = [torch.arange(length) + row * self.num_new for row, length in enumerate(lengths)]
@@ -96,8 +97,10 @@ class _Group:
     def _build_mask(
         self, contexts: Sequence[Context], lengths: Sequence[int], is_causal: Sequence[bool]
     ) -> Tensor | None:
-        """Added to the scores: [R, 1, 1, C + Q], with causal rows [R, 1, G * Q, C + Q]; None if nothing is masked."""
-        past_R, new_R = (torch.tensor(v)[:, None] for v in ([context.length for context in contexts], lengths))
+        """Added to the scores: [R, 1, 1, C + Q], with causal rows [R, 1, G * Q, C + Q]; None: all is seen."""
+        past_R, new_R = (
+            torch.tensor(v)[:, None] for v in ([context.length for context in contexts], lengths)
+        )
         past_RC, new_RQ = torch.arange(self.num_past) < past_R, torch.arange(self.num_new) < new_R
         is_causal = [causal and self.num_new > 1 for causal in is_causal]
         if past_RC.all() and new_RQ.all() and not any(is_causal):
@@ -105,17 +108,22 @@ class _Group:
         visible = torch.cat((past_RC, new_RQ), dim=1)[:, None, None, :]
         if any(is_causal):
             before_QQ = torch.ones(self.num_new, self.num_new, dtype=torch.bool).tril()
-            before_QS = torch.cat((torch.ones(self.num_new, self.num_past, dtype=torch.bool), before_QQ), dim=1)
+            before_QS = torch.cat(
+                (torch.ones(self.num_new, self.num_past, dtype=torch.bool), before_QQ), dim=1
+            )
             visible = visible & (before_QS | ~torch.tensor(is_causal)[:, None, None, None])
             visible = visible.repeat(1, 1, self.groups, 1)
         mask = torch.zeros(visible.shape).masked_fill_(~visible, float("-inf"))
         return mask.to(self.key_NRKSD.device, self.key_NRKSD.dtype)
 
 
-def grouped_attention(query_RQHD: Tensor, key_RKSD: Tensor, value_RKSD: Tensor, mask: Tensor | None) -> Tensor:
+def grouped_attention(
+    query_RQHD: Tensor, key_RKSD: Tensor, value_RKSD: Tensor, mask: Tensor | None
+) -> Tensor:
     """softmax(q k / sqrt(D) + mask) v with H / K query heads to each key-value head. Returns: [R, Q, H, D].
 
-    The query heads of one key-value head are laid along the query axis, so that keys and values are not repeated.
+    The query heads of one key-value head are laid along the query axis, so that keys and values are not
+    repeated.
     """
     num_rows, num_new, num_heads, dim = query_RQHD.shape
     kv_heads = key_RKSD.shape[1]
@@ -130,7 +138,13 @@ def pad_contexts(model: Bagel, contexts: Sequence[Context], num_extra: int) -> t
     """Keys and values of all contexts, and room behind them: two tensors [N, R, K, C + num_extra, D]."""
     llm = model.config.llm
     num_past = max(context.length for context in contexts)
-    shape = (llm.num_hidden_layers, len(contexts), llm.num_key_value_heads, num_past + num_extra, llm.head_dim)
+    shape = (
+        llm.num_hidden_layers,
+        len(contexts),
+        llm.num_key_value_heads,
+        num_past + num_extra,
+        llm.head_dim,
+    )
     key, value = (torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2))
     for row, context in enumerate(contexts):
         end = 0
@@ -154,7 +168,7 @@ def group_rows(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def pack_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Splits rows, longest first, so that each part padded to its longest row has at most `max_tokens` tokens."""
+    """Split rows, longest first, into parts that have at most `max_tokens` tokens when padded."""
     packs: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if packs and (len(packs[-1]) + 1) * lengths[packs[-1][0]] <= max_tokens:

@@ -1,8 +1,8 @@
 """What the model has read: keys and values of every layer, in shared segments, and the next rope position.
 
-Reading adds one block at a time, to many contexts in one packed forward. A text block is bos + ids + eos at running
-positions, causal. A picture is two blocks, the autoencoder's latents and then the ViT's features, each between
-start_of_image and end_of_image, seeing itself whole, and all at one position.
+Reading adds one block at a time, to many contexts in one packed forward. A text block is bos + ids + eos at
+running positions, causal. A picture is two blocks, the autoencoder's latents and then the ViT's features,
+each between start_of_image and end_of_image, seeing itself whole, and all at one position.
 
 N layers, L tokens, K key-value heads, D head dim, E model width, C latent channels.
 Source: BAGEL, arXiv 2505.14683, `forward_cache_update_text`, `_vae`, `_vit`.
@@ -76,7 +76,7 @@ class TextBlock:
 
 @dataclass(frozen=True, eq=False)
 class PictureBlock:
-    """A picture's embedded tokens [L, E], without the two markers; `is_gen`: latents, for the generation expert."""
+    """A picture's embedded tokens [L, E], without markers; `is_gen` for latents (generation expert)."""
 
     tokens_LE: Tensor
     is_gen: bool
@@ -115,7 +115,9 @@ def build_vae_blocks(model: Bagel, pictures_CHW: Sequence[Tensor]) -> list[Pictu
     blocks = []
     for latent_LC, pixels_CHW in zip(latents, pictures_CHW, strict=True):
         position_L = latent_position_ids(model, *pixels_CHW.shape[1:])
-        blocks.append(PictureBlock(model.embed_latent(latent_LC, time_1, position_L).to(model.dtype), is_gen=True))
+        blocks.append(
+            PictureBlock(model.embed_latent(latent_LC, time_1, position_L).to(model.dtype), is_gen=True)
+        )
     return blocks
 
 
@@ -170,7 +172,12 @@ def extend(model: Bagel, contexts: Sequence[Context], blocks: Sequence[Block]) -
     starts = [context.next_position for context in contexts]
     position_L = torch.cat(
         [
-            start + (torch.arange(block.length) if block.is_causal else torch.zeros(block.length, dtype=torch.int64))
+            start
+            + (
+                torch.arange(block.length)
+                if block.is_causal
+                else torch.zeros(block.length, dtype=torch.int64)
+            )
             for start, block in zip(starts, blocks, strict=True)
         ]
     )

@@ -1,8 +1,9 @@
 """Runs a batch of requests to pictures: read, write, draw, each for all requests at once.
 
-What a request reads and writes, in what order, is its program: a generator that yields operations (`Read`, `Write`,
-`Draw`) and gets their results. The engine keeps the programs of a batch side by side and carries out their operations
-together, reading first, then writing, then drawing, so that each happens in the largest batch there is.
+What a request reads and writes, in what order, is its program: a generator that yields operations (`Read`,
+`Write`, `Draw`) and gets their results. The engine keeps the programs of a batch side by side and carries out
+their operations together, reading first, then writing, then drawing, so that each happens in the largest
+batch there is.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class Write:
-    """Gives a `TextTurn` that the model writes after `context`; `turn` numbers a request's texts, for their noise."""
+    """Gives a `TextTurn` that the model writes; `turn` numbers a request's texts, for their noise."""
 
     context: Context
     turn: int = 0
@@ -90,10 +91,14 @@ class Write:
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """Gives a `Drawn`; `picture` numbers a request's pictures, for their noise."""
+    """Gives a `Drawn`; `picture` numbers a request's pictures, for their noise.
+
+    `noise_LC` is initial noise to take instead, float32 [tokens, C].
+    """
 
     branches: tuple[Branch, ...]
     picture: int = 0
+    noise_LC: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +122,8 @@ class Engine:
         model: with its tokenizer.
         programs: the program of every reasoning mode, usually `realign.reasoning.programs.PROGRAMS`.
         prepare: how reference pictures are fitted to the model.
-        max_cache_bytes: bound on the keys and values that are padded together; a batch that needs more is worked
-            on in parts. Default: 2 GiB on a CPU, a quarter of the memory of another device.
+        max_cache_bytes: bound on the keys and values that are padded together; a batch that needs more is
+            worked on in parts. Default: 2 GiB on a CPU, a quarter of the memory of another device.
         keep_steps: keep the latents of every step in the trajectories.
     """
 
@@ -133,13 +138,16 @@ class Engine:
         self.model, self.programs, self.keep_steps = model, programs, keep_steps
         self.prepare = prepare
         llm = model.config.llm
-        token_bytes = 2 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim * model.dtype.itemsize
+        token_bytes = (
+            2 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim * model.dtype.itemsize
+        )
         self.max_tokens = (max_cache_bytes or _default_cache_bytes(model.device)) // token_bytes
 
     def run(self, requests: Sequence[Request]) -> list[Sample]:
         """All requests as one batch.
 
-        Raises: ValueError, before any work, for a reasoning mode without a program or a size that does not fit.
+        Raises: ValueError, before any work, for a reasoning mode without a program or a size that does not
+            fit.
         """
         return _Batch(self, requests).run()
 
@@ -174,7 +182,7 @@ class _Session:
 
 
 class _Batch:
-    """The requests of one run. Lives as long as the run, so that identities can stand for pictures and contexts."""
+    """The requests of one run; while it lives, identities can stand for pictures and contexts."""
 
     def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
         self.engine, self.model = engine, engine.model
@@ -258,9 +266,13 @@ class _Batch:
         contexts = [session.waiting.context for session in sessions]
         settings = [session.request.settings.text for session in sessions]
         keys = [
-            NoiseKey(session.request.seed, session.request.id, session.waiting.turn, "text") for session in sessions
+            NoiseKey(session.request.seed, session.request.id, session.waiting.turn, "text")
+            for session in sessions
         ]
-        room = [context.length + max(MIN_ROOM, own.max_tokens) for context, own in zip(contexts, settings, strict=True)]
+        room = [
+            context.length + max(MIN_ROOM, own.max_tokens)
+            for context, own in zip(contexts, settings, strict=True)
+        ]
         turns: dict[int, TextTurn] = {}
         for pack in pack_rows(room, self.engine.max_tokens):
             chosen = ([values[row] for row in pack] for values in (contexts, settings, keys))
@@ -295,6 +307,7 @@ class _Batch:
             Schedule.build(settings.num_timesteps, settings.timestep_shift),
             settings.guidance,
             NoiseKey(request.seed, request.id, session.waiting.picture, "initial"),
+            session.waiting.noise_LC,
         )
 
     def _cost(self, job: DenoiseJob) -> int:

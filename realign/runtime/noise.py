@@ -1,17 +1,21 @@
 """Every random number of generation, as a pure function of what it is for.
 
-The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), which turns a
-counter of four 32-bit words and a key of two into four random words. Kernels reproduce this module; the layout is:
+The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), which
+turns a counter of four 32-bit words and a key of two into four random words. Kernels reproduce this module;
+the layout is:
 
-- key: the first 8 bytes of BLAKE2b (`digest_size=8`) of the UTF-8 text `"{seed}/{picture}/{stream}/{request_id}"`, read as
-  a little-endian 64-bit number; its low word is key word 0, its high word key word 1.
-- counter: word 0 is the block number, word 1 the step, words 2 and 3 are 0. Element `e` is lane `e % 4` of block `e // 4`.
+- key: the first 8 bytes of BLAKE2b (`digest_size=8`) of the UTF-8 text
+  `"{seed}/{picture}/{stream}/{request_id}"`, read as a little-endian 64-bit number; its low word is key word
+  0, its high word key word 1.
+- counter: word 0 is the block number, word 1 the step, words 2 and 3 are 0. Element `e` is lane `e % 4` of
+  block `e // 4`.
 - uniform: `(word >> 8) * 2**-24`, in [0, 1), exact in float32.
-- normal (Box-Muller, float32): lanes (0, 1) and (2, 3) are pairs. With `u = ((word_0 >> 8) + 1) * 2**-24` in (0, 1] and
-  `w = (word_1 >> 8) * 2**-24`, the pair is `sqrt(-2 ln u) * cos(2 pi w)` and `sqrt(-2 ln u) * sin(2 pi w)`.
+- normal (Box-Muller, float32): lanes (0, 1) and (2, 3) are pairs. With `u = ((word_0 >> 8) + 1) * 2**-24` in
+  (0, 1] and `w = (word_1 >> 8) * 2**-24`, the pair is
+  `sqrt(-2 ln u) * cos(2 pi w)` and `sqrt(-2 ln u) * sin(2 pi w)`.
 
-So a sample's noise depends on its request alone, never on its batch, its place in it, or what was drawn before.
-K keys, N elements of one key, B blocks.
+So a sample's noise depends on its request alone, never on its batch, its place in it, or what was drawn
+before. K keys, N elements of one key, B blocks.
 """
 
 from __future__ import annotations
@@ -33,7 +37,8 @@ MASK = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """What a random number is for: a request's seed and id, which picture (or text turn) of it, and which stream.
+    """What a random number is for: a request's seed and id, which picture (or text turn) of it, and which
+    stream.
 
     `step` is the sampler's step for "sde", 0 for "initial", and the token number for "text".
     """
@@ -86,7 +91,7 @@ def token_uniforms(keys: Sequence[NoiseKey], step: int) -> Tensor:
 
 
 def philox(counter_B4: Tensor, key_B2: Tensor) -> Tensor:
-    """Philox4x32-10: int64 counters [B, 4] and keys [B, 2] of 32-bit words to int64 [B, 4] of 32-bit words."""
+    """Philox4x32-10: counters [B, 4] and keys [B, 2] to random words [B, 4]; 32-bit words in int64."""
     c0, c1, c2, c3 = counter_B4.unbind(1)
     k0, k1 = key_B2.unbind(1)
     for _ in range(NUM_ROUNDS):

@@ -43,7 +43,9 @@ def fit_picture(image: Image.Image, config: BagelConfig) -> PreparedPicture:
 def crop_picture(image: Image.Image, config: BagelConfig) -> PreparedPicture:
     """No resize: cropped to whole latent tokens, and to whole ViT patches."""
     pixels_CHW = to_pixels(to_rgb(image))
-    return PreparedPicture(*(_crop(pixels_CHW, stride) for stride in (config.latent_stride, config.vit.patch_size)))
+    return PreparedPicture(
+        *(_crop(pixels_CHW, stride) for stride in (config.latent_stride, config.vit.patch_size))
+    )
 
 
 def resize_picture(image: Image.Image, rule: ResizeRule) -> Image.Image:
@@ -54,8 +56,8 @@ def resize_picture(image: Image.Image, rule: ResizeRule) -> Image.Image:
 def resized_size(size: tuple[int, int], rule: ResizeRule) -> tuple[int, int]:
     """The (width, height) that a picture of `size` is resized to.
 
-    The long side becomes at most `max_size`, the short one at least `min_size` if the first allows it; both become
-    multiples of `stride`. Source: BAGEL, arXiv 2505.14683, `MaxLongEdgeMinShortEdgeResize`.
+    The long side becomes at most `max_size`, the short one at least `min_size` if the first allows it; both
+    become multiples of `stride`. Source: BAGEL, arXiv 2505.14683, `MaxLongEdgeMinShortEdgeResize`.
     """
     scale = max(min(rule.max_size / max(size), 1.0), rule.min_size / min(size))
     size = _scaled(size, scale, rule.stride)

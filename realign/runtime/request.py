@@ -63,7 +63,9 @@ def _build_part(value: Any) -> Part:
         name, value = next(iter(value.items()))
         expected = {"text": str, "image": Image.Image}.get(name)
         if expected is None or not isinstance(value, expected):
-            raise ValueError(f"prompt part {name!r} is {value!r}: must be {{'text': str}} or {{'image': PIL image}}")
+            raise ValueError(
+                f"prompt part {name!r} is {value!r}: must be {{'text': str}} or {{'image': PIL image}}"
+            )
     if isinstance(value, str):
         return TextPart(value)
     if isinstance(value, Image.Image):
@@ -94,8 +96,8 @@ class TextTurn:
 class Reasoning:
     """What was thought before the picture.
 
-    `text` is what the model wrote; `caption` and `relations` are its IC-CoT, where that is asked for; `error` says why
-    it did not parse (the picture is made from the text all the same).
+    `text` is what the model wrote; `caption` and `relations` are its IC-CoT, where that is asked for; `error`
+    says why it did not parse (the picture is made from the text all the same).
     """
 
     mode: str

@@ -1,8 +1,8 @@
 """From noise to latents: every job's branches in one packed forward per step.
 
-Jobs of different prompts, sizes, schedules and guidance run together; a sample outside its guidance interval drops its
-extra branches, and one whose schedule has ended drops out. Contexts are padded when the set of running
-branches changes, not every step.
+Jobs of different prompts, sizes, schedules and guidance run together; a sample outside its guidance interval
+drops its extra branches, and one whose schedule has ended drops out. Contexts are padded when the set of
+running branches changes, not every step.
 
 J running jobs, L their latent tokens, C latent channels, R rows (one branch of one job each), E model width.
 """
@@ -46,7 +46,7 @@ class DenoiseJob:
     width: int
     schedule: Schedule
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
-    key: NoiseKey = NoiseKey(0, "")
+    key: NoiseKey = field(default_factory=lambda: NoiseKey(0, ""))
     noise_LC: Tensor | None = None
 
     def find_branch(self, kind: str) -> Branch | None:
@@ -55,7 +55,9 @@ class DenoiseJob:
     def scale(self, kind: str, step: int) -> float:
         """The guidance scale of a step: 1 outside the interval, or where text guidance is off."""
         text, image = self.find_branch("text"), self.find_branch("image")
-        is_on = text is not None and text.scale > 1 and self.schedule.guided_steps(self.guidance.interval)[step]
+        is_on = (
+            text is not None and text.scale > 1 and self.schedule.guided_steps(self.guidance.interval)[step]
+        )
         if not is_on or (kind == "image" and image is None):
             return 1.0
         return max(1.0, text.scale if kind == "text" else image.scale)
@@ -70,8 +72,8 @@ def denoise(model: Bagel, jobs: Sequence[DenoiseJob], on_step: OnStep | None = N
     """Run every job to its end.
 
     Args:
-        on_step: called before the first step with step 0, and after step i with i + 1; gets the latents in the order of
-            `jobs`, None for those that had ended before.
+        on_step: called before the first step with step 0, and after step i with i + 1; gets the latents in
+            the order of `jobs`, None for those that had ended before.
 
     Returns: for each job its final latents, float32 [tokens, C].
     """
@@ -99,7 +101,10 @@ def build_noise(model: Bagel, jobs: Sequence[DenoiseJob]) -> list[Tensor]:
     channels = model.config.latent_dim
     sizes = [num_latent_tokens(model, job.height, job.width) * channels for job in jobs]
     drawn = normals([job.key for job in jobs], sizes)
-    given = [noise.view(-1, channels) if job.noise_LC is None else job.noise_LC for job, noise in zip(jobs, drawn)]
+    given = [
+        noise.view(-1, channels) if job.noise_LC is None else job.noise_LC
+        for job, noise in zip(jobs, drawn, strict=True)
+    ]
     return [noise_LC.to(model.device, torch.float32) for noise_LC in given]
 
 
@@ -109,7 +114,7 @@ def num_latent_tokens(model: Bagel, height: int, width: int) -> int:
 
 
 class _Phase:
-    """Steps over which the same branches of the same jobs run: where every token goes, and the padded contexts."""
+    """Steps over which the same branches run: where every token goes, and the padded contexts."""
 
     def __init__(self, model: Bagel, jobs: Sequence[DenoiseJob], kinds: Sequence[tuple[str, ...]]) -> None:
         self.model, self.jobs, self.kinds = model, jobs, kinds
@@ -175,7 +180,7 @@ class _Phase:
         return torch.tensor(numbers, dtype=torch.float32, device=self.model.device)
 
     def _lay_out_rows(self) -> None:
-        """Rows in the order of jobs, each [start_of_image, latents, end_of_image] at its context's next position."""
+        """Rows in the order of jobs: [start_of_image, latents, end_of_image], all at the next position."""
         device = self.model.device
         sources, positions, contexts, lengths = [], [], [], []
         found: dict[tuple[int, str], Tensor] = {}
@@ -209,7 +214,7 @@ def _observer(on_step: OnStep | None, order: Sequence[int]) -> OnStep:
 
     def observe(step: int, latents: list[Tensor]) -> None:
         if on_step is not None:
-            by_job = dict(zip(order, latents))
+            by_job = dict(zip(order, latents, strict=False))
             on_step(step, [by_job.get(index) for index in range(len(order))])
 
     return observe

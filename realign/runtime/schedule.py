@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -35,7 +36,8 @@ class Schedule:
 
     @classmethod
     def build(cls, num_timesteps: int = 50, shift: float = 3.0) -> Schedule:
-        """Euler steps of the ODE at `t = shift u / (1 + (shift - 1) u)`, u evenly from 1 to 0 (a = 1, b = dt, std = 0).
+        """Euler steps of the ODE at `t = shift u / (1 + (shift - 1) u)`, u evenly from 1 to 0 (a = 1, b = dt,
+        std = 0).
 
         Raises: ValueError for fewer than two timesteps or a shift that is not a positive number.
         Source: BAGEL, arXiv 2505.14683, `Bagel.generate_image`.
@@ -46,9 +48,7 @@ class Schedule:
             raise ValueError(f"timestep shift is {shift}: must be a positive number; 1 leaves the times even")
         last = num_timesteps - 1
         times = tuple(_shifted(1 - i / last, shift) for i in range(num_timesteps))
-        steps = tuple(
-            Step(t, t_next - t, 1.0, t_next - t, 0.0) for t, t_next in zip(times[:-1], times[1:], strict=True)
-        )
+        steps = tuple(Step(t, t_next - t, 1.0, t_next - t, 0.0) for t, t_next in pairwise(times))
         return cls(times, steps, shift)
 
     @property

@@ -12,10 +12,10 @@ RENORMS = ("global", "channel", "text_channel", "none")
 class GuidanceSettings:
     """Classifier-free guidance. A scale of 1 or less switches its branch off.
 
-    Image guidance acts only together with text guidance (`text_scale > 1`), as in BAGEL, and by default only for
-    prompts that have pictures; `for_text_prompts` gives the others an image branch too (the texts without the
-    reasoning), as BAGEL's inferencer does. `interval`: guidance is on for `lo < t <= hi`.
-    `renorm_min`: the least factor that renorm may shrink a velocity by.
+    Image guidance acts only together with text guidance (`text_scale > 1`), as in BAGEL, and by default only
+    for prompts that have pictures; `for_text_prompts` gives the others an image branch too (the texts without
+    the reasoning), as BAGEL's inferencer does. `interval`: guidance is on for `lo < t <= hi`. `renorm_min`:
+    the least factor that renorm may shrink a velocity by.
     """
 
     text_scale: float = 4.0
@@ -28,9 +28,13 @@ class GuidanceSettings:
     def __post_init__(self) -> None:
         for name in ("text_scale", "image_scale"):
             if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"guidance {name} is {getattr(self, name)}: must be a number; 1 switches it off")
+                raise ValueError(
+                    f"guidance {name} is {getattr(self, name)}: must be a number; 1 switches it off"
+                )
         if len(self.interval) != 2 or not self.interval[0] <= self.interval[1]:
-            raise ValueError(f"guidance interval is {self.interval}: must be two times, low then high, such as 0.4 1.0")
+            raise ValueError(
+                f"guidance interval is {self.interval}: must be two times, low then high, such as 0.4 1.0"
+            )
         if self.renorm not in RENORMS:
             raise ValueError(f"guidance renorm is {self.renorm!r}: must be one of {', '.join(RENORMS)}")
         if not 0 <= self.renorm_min <= 1:
@@ -39,7 +43,7 @@ class GuidanceSettings:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How reasoning is written. `temperature` 0 is greedy; `top_p` keeps the likeliest tokens of that total probability."""
+    """How reasoning is written: `temperature` 0 is greedy, `top_p` keeps the likeliest tokens of that sum."""
 
     max_tokens: int = 512
     temperature: float = 0.0
@@ -56,7 +60,7 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one request. `height`, `width` in pixels; None leaves the choice to the model's configuration."""
+    """Settings of one request; `height`, `width` in pixels, None for the model's own rule."""
 
     height: int | None = None
     width: int | None = None

@@ -1,7 +1,7 @@
 """Writes text, for many contexts at once: greedy, or sampled with temperature and top-p.
 
-Every sample has its own settings and its own noise stream, one uniform number a token, so what it writes does not
-depend on the others. R rows still writing, V vocabulary.
+Every sample has its own settings and its own noise stream, one uniform number a token, so what it writes does
+not depend on the others. R rows still writing, V vocabulary.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class TextDecoder:
         self.mask_R11S = mask.to(model.device, model.dtype)
         self.position_R = torch.tensor([context.next_position for context in contexts], device=model.device)
 
+    @torch.no_grad()
     def step(self, token_R: Tensor) -> Tensor:
         """Tokens int64 [R] to the scores of what follows them, float32 [R, V]."""
         self._make_room()
@@ -84,7 +85,9 @@ class TextDecoder:
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all rows but these."""
         index = torch.tensor(rows, dtype=torch.int64, device=self.model.device)
-        self.key_NRKSD, self.value_NRKSD = (t.index_select(1, index) for t in (self.key_NRKSD, self.value_NRKSD))
+        self.key_NRKSD, self.value_NRKSD = (
+            t.index_select(1, index) for t in (self.key_NRKSD, self.value_NRKSD)
+        )
         self.mask_R11S, self.position_R = self.mask_R11S[index], self.position_R[index]
 
     def _attend(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor) -> Tensor:
@@ -106,8 +109,9 @@ class TextDecoder:
 def choose_tokens(logits_RV: Tensor, temperature_R: Tensor, top_p_R: Tensor, uniform_R: Tensor) -> Tensor:
     """The next token of each row, int64 [R] on the CPU.
 
-    Temperature 0 takes the largest score. Else the inverse of the cumulative distribution, tokens in the order of their
-    ids, at the row's uniform number; with top_p < 1 over the fewest tokens whose probabilities reach it.
+    Temperature 0 takes the largest score. Else the inverse of the cumulative distribution, tokens in the
+    order of their ids, at the row's uniform number; with top_p < 1 over the fewest tokens whose probabilities
+    reach it.
     """
     greedy_R = logits_RV.argmax(dim=-1).cpu()
     rows = temperature_R.nonzero()[:, 0]

@@ -29,7 +29,10 @@ def test_philox_known_answers(counter, key, expected):
 
 def test_normals_are_those_of_the_documented_layout():
     key = NoiseKey(seed=7, request_id="cat", picture=2, stream="sde", step=5)
-    words = [philox(torch.tensor([[block, 5, 0, 0]]), torch.tensor([key.words()]))[0].tolist() for block in range(2)]
+    words = [
+        philox(torch.tensor([[block, 5, 0, 0]]), torch.tensor([key.words()]))[0].tolist()
+        for block in range(2)
+    ]
     expected = []
     for block in words:
         for first, second in (block[:2], block[2:]):
@@ -79,10 +82,12 @@ def test_moments_and_ranges():
     assert abs((draws**4).mean() - 3) < 5 * math.sqrt(96 / 400_000)
     assert abs((draws[:-1] * draws[1:]).mean()) < 5 / math.sqrt(400_000)
     units = uniform(NoiseKey(0, "units"), 100_000)
-    assert units.min() >= 0 and units.max() < 1 and abs(units.mean() - 0.5) < 0.005
+    assert units.min() >= 0
+    assert units.max() < 1
+    assert abs(units.mean() - 0.5) < 0.005
 
 
 @pytest.mark.parametrize("bad", [{"stream": "other"}, {"step": -1}, {"step": 2**32}])
 def test_bad_keys_are_refused(bad):
-    with pytest.raises(ValueError, match="noise (stream|step) is"):
+    with pytest.raises(ValueError, match=r"noise (stream|step) is"):
         NoiseKey(0, "a", **bad)

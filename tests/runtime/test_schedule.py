@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from realign.runtime.schedule import Schedule
 
 
-@given(num=st.integers(2, 60), shift=st.sampled_from([1.0, 1.5, 3.0, 4.0]), low=st.sampled_from([0.0, 0.2, 0.4, 0.75]))
+@given(
+    num=st.integers(2, 60),
+    shift=st.sampled_from([1.0, 1.5, 3.0, 4.0]),
+    low=st.sampled_from([0.0, 0.2, 0.4, 0.75]),
+)
 def test_schedule_is_the_reference_loop(num, shift, low):
     times = torch.linspace(1, 0, num)
     times = shift * times / (1 + (shift - 1) * times)
@@ -24,7 +28,8 @@ def test_schedule_is_the_reference_loop(num, shift, low):
 
 def test_ends_are_exact_and_euler_steps_add_up():
     schedule = Schedule.build(50, 3.0)
-    assert schedule.times[0] == 1.0 and schedule.times[-1] == 0.0
+    assert schedule.times[0] == 1.0
+    assert schedule.times[-1] == 0.0
     assert sum(step.b for step in schedule.steps) == pytest.approx(-1.0, abs=1e-15)
     assert all(step.a == 1.0 and step.std == 0.0 and step.b == step.dt for step in schedule.steps)
     assert sum(schedule.guided_steps((0.4, 1.0))) == 41
