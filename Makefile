@@ -51,6 +51,7 @@ $(BIN)/python:
 		echo "error: $(PYTHON) cannot make a virtual environment; on Debian, install python3-venv" >&2; exit 1; }
 
 $(STAMP): $(SOURCES) | $(BIN)/python
+	@$(PIP) --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 	$(PIP) install $(BUILD_TOOLS)
 	$(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null || $(PIP) install $(TORCH)
 	$(PIP) install --no-build-isolation -e ".[test]"

@@ -123,17 +123,24 @@ def test_a_reference_imports_torch_and_references_alone(op):
         assert top == "torch" or top in sys.stdlib_module_names or is_reference, name
 
 
-def test_third_party_imports_are_declared():
+@pytest.mark.parametrize("package", PACKAGES)
+def test_third_party_imports_are_declared(package):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.split(r"[<>=\[ ]", line)[0].lower() for line in project["dependencies"]}
-    names = {"PIL": "pillow"}
-    missing = {
-        f"{path.relative_to(ROOT)}: {top}"
-        for package in ("realign_kernels", "realign", "train")
+    lines = project["dependencies"]
+    if package in ("bench", "tests"):
+        lines = [*lines, *project["optional-dependencies"]["test"]]
+    declared = {re.split(r"[<>=\[ ]", line)[0].lower() for line in lines}
+    imported = {
+        (name.split(".")[0], str(path.relative_to(ROOT)))
         for path in list_sources(package)
-        for top in {name.split(".")[0] for name in iterate_imports(path)}
-        if top not in sys.stdlib_module_names
-        and top not in PACKAGES
-        and names.get(top, top).lower() not in declared
+        for name in iterate_imports(path)
     }
-    assert not missing, "\n".join(sorted(missing))
+    distributions = {"PIL": "pillow"}
+    missing = [
+        f"{path} imports {name}"
+        for name, path in sorted(imported)
+        if name not in sys.stdlib_module_names
+        and name not in PACKAGES
+        and distributions.get(name, name).lower() not in declared
+    ]
+    assert not missing, "\n".join(missing)
