@@ -1,0 +1,167 @@
+"""Reads a 64x64 picture of the world back into a scene, exactly, and judges it.
+
+Every cell is compared with everything that could stand in it (nothing, or one of the 84 sprites) on each of the six
+backgrounds; the background is the one that explains the whole picture best. A cell that even its best
+explanation misses by more than `MAX_RESIDUAL` is unclear, and a picture with an unclear cell is never all-right:
+noise, blur, half a shape or a shape between two places is an error, not a near miss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations
+
+import numpy as np
+
+from realign.world.instructions import Instruction, ObjectSpec
+from realign.world.render import CELL, RADII, RGB, SIZE, cell_grounds, cell_window, sprite
+from realign.world.scene import BACKGROUNDS, COLOURS, NUM_CELLS, SHAPES, SIZES, Object, Scene, holds
+
+MAX_RESIDUAL = 0.11  # root mean square over a cell, of a [0, 1] range
+EMPTY = 0
+CANDIDATES = tuple((s, c, z) for s in SHAPES for c in COLOURS for z in SIZES)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture shows.
+
+    Attributes:
+        scene: the background and every object that was recognised (0 to 9 of them).
+        unclear: the cells that nothing explains.
+        residual: the worst root-mean-square difference over the cells, of a [0, 1] range.
+    """
+
+    scene: Scene
+    unclear: tuple[int, ...]
+    residual: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A picture against an instruction (or a caption).
+
+    Attributes:
+        objects: share of the wanted objects that are there with every wanted attribute.
+        colours: share of the wanted objects whose colour is right in the best assignment.
+        count: whether there are as many objects as wanted.
+        relations: whether every wanted relation holds.
+        background: whether the background is the wanted one.
+        preserved: whether what must stay stayed; None where nothing must.
+        all_right: everything, with no cell unclear.
+    """
+
+    objects: float
+    colours: float
+    count: bool
+    relations: bool
+    background: bool
+    preserved: bool | None
+    all_right: bool
+
+
+@cache
+def _templates() -> tuple[np.ndarray, np.ndarray]:
+    """All that may fill each cell. Returns: [cells, 6 * 85, pixels] in [0, 1], and their squared norms."""
+    grounds = cell_grounds()[:, :, None]  # [backgrounds, cells, 1, 21, 21, 3]
+    alpha = np.stack([sprite(s, RADII[z], CELL) for s, _, z in CANDIDATES])[None, None, ..., None]
+    paint = np.asarray([RGB[c] for _, c, _ in CANDIDATES], np.float32)[None, None, :, None, None, :]
+    filled = np.concatenate([grounds, grounds + alpha * (paint - grounds)], axis=2)
+    flat = np.rint(filled).transpose(1, 0, 2, 3, 4, 5).reshape(NUM_CELLS, len(BACKGROUNDS) * 85, -1) / 255
+    flat = np.ascontiguousarray(flat, np.float32)
+    return flat, (flat**2).sum(-1)
+
+
+def read_pictures(pictures: Sequence[np.ndarray] | np.ndarray) -> list[Reading]:
+    """Reads pictures.
+
+    Args:
+        pictures: uint8 [N, 64, 64, 3] (or a list of [64, 64, 3]).
+
+    Returns: one Reading a picture.
+
+    Raises:
+        ValueError: pictures of another size or type.
+    """
+    batch = np.asarray(pictures)
+    if batch.size == 0:
+        return []
+    if batch.dtype != np.uint8 or batch.shape[1:] != (SIZE, SIZE, 3):
+        raise ValueError(f"the oracle reads uint8 pictures of [N, 64, 64, 3], not {batch.dtype} {batch.shape}")
+    return [r for start in range(0, len(batch), 256) for r in _read(batch[start : start + 256])]
+
+
+def _read(batch: np.ndarray) -> list[Reading]:
+    templates, norms = _templates()
+    cells = np.stack([batch[:, *cell_window(c)].reshape(len(batch), -1) for c in range(NUM_CELLS)])
+    cells = cells.astype(np.float32) / 255
+    squared = (cells**2).sum(-1)[..., None] - 2 * cells @ templates.transpose(0, 2, 1) + norms[:, None, :]
+    squared = squared.reshape(NUM_CELLS, len(batch), len(BACKGROUNDS), 85)
+    ground = squared.min(-1).sum(0).argmin(-1)  # [N]
+    chosen = np.take_along_axis(squared, ground[None, :, None, None], axis=2)[:, :, 0]  # [cells, N, 85]
+    best = chosen.argmin(-1)
+    pixels = templates.shape[-1]
+    residual = np.sqrt(np.maximum(chosen.min(-1), 0) / pixels)
+    return [_reading(ground[i], best[:, i], residual[:, i]) for i in range(len(batch))]
+
+
+def _reading(ground: int, best: np.ndarray, residual: np.ndarray) -> Reading:
+    objects = []
+    for cell, index in enumerate(best):
+        if index != EMPTY and residual[cell] <= MAX_RESIDUAL:
+            shape, colour, size = CANDIDATES[index - 1]
+            objects.append(Object(cell, shape, colour, size))
+    unclear = tuple(int(c) for c in np.flatnonzero(residual > MAX_RESIDUAL))
+    return Reading(Scene(BACKGROUNDS[ground], tuple(objects)), unclear, float(residual.max()))
+
+
+def judge(reading: Reading, instruction: Instruction) -> Verdict:
+    """Whether a picture is what the instruction asks for (any of its valid readings)."""
+    scene, specs = reading.scene, instruction.specs
+    best = max(_assignments(scene.objects, specs), key=lambda found: _agreement(found, instruction))
+    matched = [o is not None and s.admits(o) for o, s in zip(best, specs, strict=True)]
+    coloured = [o is not None and s.colour in (None, o.colour) for o, s in zip(best, specs, strict=True)]
+    relations = all(
+        best[r.subject] is not None
+        and best[r.object] is not None
+        and holds(r.relation, best[r.subject].cell, best[r.object].cell)
+        for r in instruction.relations
+    )
+    count = len(scene.objects) + len(reading.unclear) == len(specs)
+    background = scene.background == instruction.background
+    kept = [m for m, s in zip(matched, specs, strict=True) if s.preserved]
+    must_stay = instruction.source is not None
+    preserved = all(kept) and (background or instruction.changes_background) and count if must_stay else None
+    right = all(matched) and relations and count and background and not reading.unclear
+    share = lambda flags: sum(flags) / len(flags)  # noqa: E731
+    return Verdict(share(matched), share(coloured), count, relations, background, preserved, right)
+
+
+def judge_caption(reading: Reading, caption: Scene) -> Verdict:
+    """Whether a picture is what a caption (a fully specified scene) says."""
+    return judge(reading, Instruction.exactly(caption))
+
+
+def is_valid_reading(scene: Scene, instruction: Instruction) -> bool:
+    """Whether a scene (of a reasoning's caption, say) does all that the instruction asks for."""
+    return judge(Reading(scene, (), 0.0), instruction).all_right
+
+
+def _assignments(objects: tuple[Object, ...], specs: tuple[ObjectSpec, ...]):
+    padded = (*objects, *([None] * max(0, len(specs) - len(objects))))
+    return permutations(padded[:NUM_CELLS], len(specs))
+
+
+def _agreement(found: tuple[Object | None, ...], instruction: Instruction) -> tuple[int, int, int]:
+    pairs = list(zip(found, instruction.specs, strict=True))
+    full = sum(o is not None and s.admits(o) for o, s in pairs)
+    related = sum(
+        found[r.subject] is not None
+        and found[r.object] is not None
+        and holds(r.relation, found[r.subject].cell, found[r.object].cell)
+        for r in instruction.relations
+    )
+    partly = sum(s.likeness(o) for o, s in pairs if o is not None)
+    return full, related, partly

@@ -1,0 +1,187 @@
+"""Trains mini's autoencoder on the world: FLUX's layout, small, from rendered pictures alone.
+
+    python -m train.autoencoder --out runs/ae --minutes 15
+
+Half the pictures are ordinary scenes, half are dense (up to nine objects: more edges a picture). Loss: L1 + 5 MSE +
+a little KL to N(0, I) (Kingma & Welling, 1312.6114). At the end the latents' mean and deviation over ordinary scenes
+become `shift_factor` and `scale_factor`, as FLUX's are, so that the flow sees unit variance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from realign.model.autoencoder import Autoencoder
+from realign.model.config import AutoencoderConfig
+from realign.world.oracle import judge_caption, read_pictures
+from realign.world.render import render, render_background_reference, render_object_reference
+from realign.world.scene import BACKGROUNDS, Object, Scene, sample_scene
+from train.state import load_optimizer_tensors, load_state, optimizer_tensors, save_state
+
+MINI = AutoencoderConfig(
+    resolution=64, in_channels=3, downsample=8, ch=32, out_ch=3, ch_mult=(1, 1, 2, 2), num_res_blocks=1,
+    z_channels=16, scale_factor=1.0, shift_factor=0.0, norm_num_groups=8,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides a run; the same recipe and seed give the same weights."""
+
+    batch_size: int = 16
+    references: int = 8
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    kl_weight: float = 1e-5
+    mse_weight: float = 5.0
+    grad_clip: float = 1.0
+    seed: int = 0
+    minutes: float = 15.0
+
+
+def draw_pictures(recipe: Recipe, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """The step's pictures. Returns: uint8 [B, 64, 64, 3] scenes and [R, 32, 32, 3] references."""
+    rng = np.random.default_rng([recipe.seed, step])
+    scenes = []
+    while len(scenes) < recipe.batch_size:
+        dense = len(scenes) % 2 == 0
+        scene = sample_scene(rng, int(rng.integers(3, 10)) if dense else int(rng.integers(1, 4)))
+        if dense or scene.split == "train":
+            scenes.append(render(scene))
+    return np.stack(scenes), np.stack([_draw_reference(rng) for _ in range(recipe.references)])
+
+
+def _draw_reference(rng: np.random.Generator) -> np.ndarray:
+    if rng.random() < 0.25:
+        return render_background_reference(BACKGROUNDS[rng.integers(len(BACKGROUNDS))])
+    return render_object_reference(sample_scene(rng, 1).objects[0])
+
+
+def to_pixels(pictures: np.ndarray) -> torch.Tensor:
+    """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(
+        memory_format=torch.channels_last
+    )
+
+
+def to_pictures(pixels: torch.Tensor) -> np.ndarray:
+    """The inverse of `to_pixels`, clamped."""
+    levels = (pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255
+    return levels.permute(0, 2, 3, 1).to(torch.uint8).numpy()
+
+
+def loss_of(model: Autoencoder, pixels: torch.Tensor, noise: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """Reconstruction from a posterior sample, and KL per latent number."""
+    with torch.autocast("cpu", torch.bfloat16):
+        mean, logvar = model.encode_moments(pixels)
+        mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
+        sample = mean + (0.5 * logvar).exp() * noise
+        decoded = model.decode(sample)
+    error = decoded.float() - pixels
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
+    return error.abs().mean() + recipe.mse_weight * (error**2).mean() + recipe.kl_weight * kl.sum((1, 2, 3)).mean()
+
+
+@torch.no_grad()
+def evaluate(model: Autoencoder, num: int = 192, latent_noise: float = 0.0) -> dict[str, float]:
+    """PSNR and the oracle's share of all-right reconstructions on validation scenes."""
+    rng = np.random.default_rng(99)
+    scenes: list[Scene] = []
+    while len(scenes) < num:
+        scene = sample_scene(rng, 1 + len(scenes) % 3)
+        if scene.split == "val":
+            scenes.append(scene)
+    pictures = np.stack([render(s) for s in scenes])
+    latent = model.encode(to_pixels(pictures))
+    generator = torch.Generator().manual_seed(0)
+    latent = latent + latent_noise * latent.std() * torch.randn(latent.shape, generator=generator)
+    decoded = to_pictures(model.decode(latent))
+    mse = ((decoded.astype(float) - pictures) ** 2).mean()
+    readings = read_pictures(decoded)
+    right = np.mean([judge_caption(r, s).all_right for r, s in zip(readings, scenes, strict=True)])
+    residual = np.mean([r.residual for r in readings])
+    return {"psnr": 10 * np.log10(255**2 / mse), "all_right": float(right), "residual": float(residual)}
+
+
+@torch.no_grad()
+def latent_statistics(model: Autoencoder) -> tuple[float, float]:
+    """Mean and standard deviation of the raw posterior means over ordinary scenes."""
+    rng = np.random.default_rng(7)
+    pictures = np.stack([render(sample_scene(rng, 1 + i % 3)) for i in range(256)])
+    mean, _ = model.encode_moments(to_pixels(pictures))
+    return float(mean.mean()), float(mean.std())
+
+
+def run(recipe: Recipe, config: AutoencoderConfig, out: Path) -> None:
+    """Trains until `minutes` of training time are used, with checkpoints, and writes ae.safetensors and its config."""
+    torch.manual_seed(recipe.seed)
+    model = Autoencoder(config).to(memory_format=torch.channels_last)
+    names = {id(p): n for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    step, used = 0, 0.0
+    if (state := load_state(out)) is not None:
+        tensors, numbers = state
+        model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        load_optimizer_tensors(optimizer, names, tensors)
+        step, used = numbers["step"], numbers["seconds"]
+    log = open(out / "log.jsonl", "a") if out.mkdir(parents=True, exist_ok=True) is None else None
+    budget = recipe.minutes * 60
+    while used < budget:
+        began = time.perf_counter()
+        warm = min(1.0, (step + 1) / recipe.warmup_steps)
+        rate = recipe.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * used / budget)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        scenes, references = draw_pictures(recipe, step)
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        loss = torch.zeros(())
+        for pictures, weight in ((scenes, 0.85), (references, 0.15)):
+            side = pictures.shape[1] // config.downsample
+            noise = torch.randn(len(pictures), config.z_channels, side, side, generator=generator)
+            part = weight * loss_of(model, to_pixels(pictures), noise, recipe)
+            part.backward()
+            loss += part.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        used += time.perf_counter() - began
+        if step % 100 == 0:
+            row = {"step": step, "seconds": round(used), "loss": float(loss), "lr": float(rate)}
+            if step % 500 == 0:
+                row |= evaluate(model)
+                tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+                save_state(out, step, tensors | optimizer_tensors(optimizer, names), {"seconds": used})
+            print(json.dumps(row), flush=True)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+    shift, deviation = latent_statistics(model)
+    final = replace(config, shift_factor=round(shift, 4), scale_factor=round(1 / deviation, 4))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "ae.safetensors")
+    (out / "ae_config.json").write_text(json.dumps(asdict(final), indent=1))
+    row = {"final": evaluate(model), "noisy": evaluate(model, latent_noise=0.15), "config": asdict(final)}
+    print(json.dumps(row), flush=True)
+    log.write(json.dumps(row) + "\n")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=Recipe.minutes)
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    args = parser.parse_args()
+    run(Recipe(minutes=args.minutes, seed=args.seed), MINI, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The world as training data: turns of every task and mode in fixed proportions, a function of (seed, step, slot).
+
+Scenes are encoded once, before training, into a pool of latents (a scene's picture never changes); instructions,
+references' order, open choices and IC-CoTs are drawn anew for every sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from realign.data.packing import LatentTurn, TextTurn, Turn, ViTTurn
+from realign.model.bagel import Bagel, patchify_latent, patchify_pixels
+from realign.model.embeddings import flattened_position_ids
+from realign.reasoning.prompts import SYSTEM_TEXTS
+from realign.reasoning.schemas import format_iccot
+from realign.world.render import SIZE, render, render_background_reference, render_object_reference
+from realign.world.scene import SIZES, Object
+from realign.world.tasks import Reference, sample
+
+ENCODE_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How many samples of each (task, reasoning mode) a step holds, and how often guidance's conditions are dropped.
+
+    Attributes:
+        counts: samples a step, keyed "task/mode".
+        text_dropout: probability that the instruction and the reasoning are left out.
+        image_dropout: probability that the references and the reasoning are left out (text-to-image: nothing to drop).
+        num_scenes: size of each pool of scenes.
+        timestep_shift: of the logit-normal times.
+    """
+
+    counts: dict[str, int]
+    text_dropout: float
+    image_dropout: float
+    num_scenes: int
+    timestep_shift: float
+
+    def kinds(self) -> list[tuple[str, str]]:
+        """The (task, mode) of each slot of a step."""
+        return [tuple(key.split("/")) for key, count in self.counts.items() for _ in range(count)]
+
+
+class LatentPool:
+    """Patchified latents of the scenes of each task, as float16 arrays on disk, memory-mapped.
+
+    Each is [num_scenes, G, C]; text-to-image has the targets of in-context generation.
+    """
+
+    def __init__(self, folder: Path, model: Bagel, num_scenes: int, seed: int) -> None:
+        self.num_scenes = num_scenes
+        self._arrays: dict[str, np.ndarray] = {}
+        for name in ("in_context.target", "edit.target", "edit.source"):
+            path = folder / f"{name}-{num_scenes}-{seed}.npy"
+            if not path.exists():
+                _encode_pool(path, name, model, num_scenes, seed)
+            self._arrays[name] = np.load(path, mmap_mode="r")
+
+    def target(self, task: str, index: int) -> Tensor:
+        """Latents [G, C] of sample `index`'s target."""
+        return self._take(f"{'edit' if task == 'edit' else 'in_context'}.target", index)
+
+    def source(self, index: int) -> Tensor:
+        """Latents [G, C] of the picture that sample `index` edits."""
+        return self._take("edit.source", index)
+
+    def _take(self, name: str, index: int) -> Tensor:
+        return torch.from_numpy(self._arrays[name][index % self.num_scenes].astype(np.float32))
+
+
+def _encode_pool(path: Path, name: str, model: Bagel, num_scenes: int, seed: int) -> None:
+    task, part = name.split(".")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npy")
+    array = None
+    for start in range(0, num_scenes, ENCODE_BATCH):
+        drawn = [sample(task, i, seed) for i in range(start, min(start + ENCODE_BATCH, num_scenes))]
+        scenes = [d.target if part == "target" else d.instruction.source for d in drawn]
+        with torch.autocast(model.device.type, torch.bfloat16):
+            latents = encode_pictures(model, np.stack([render(s) for s in scenes]))
+        if array is None:
+            shape = (num_scenes, *latents.shape[1:])
+            array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+        array[start : start + len(latents)] = latents.numpy()
+    array.flush()
+    partial.rename(path)
+
+
+@torch.no_grad()
+def encode_pictures(model: Bagel, pictures: np.ndarray) -> Tensor:
+    """uint8 [N, H, W, 3] to patchified latents [N, G, C], float32."""
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    latents = model.autoencoder.encode(pixels.contiguous(memory_format=torch.channels_last))
+    return torch.stack([patchify_latent(latent.float(), model.config.latent_patch_size) for latent in latents])
+
+
+class WorldData:
+    """Draws the turns of any slot of any step."""
+
+    def __init__(self, model: Bagel, mixture: Mixture, pool: LatentPool, seed: int) -> None:
+        self.model, self.mixture, self.pool, self.seed = model, mixture, pool, seed
+        self.kinds = mixture.kinds()
+        self._latent_of_reference = cache(self._encode_reference)
+
+    def step_samples(self, step: int, rank: int, world_size: int) -> list[list[Turn]]:
+        """The samples of a step that fall to a process: slots rank, rank + world_size, ..."""
+        return [self.turns(step, slot) for slot in range(rank, len(self.kinds), world_size)]
+
+    def turns(self, step: int, slot: int) -> list[Turn]:
+        """One training sample."""
+        task, mode = self.kinds[slot]
+        rng = np.random.default_rng([self.seed, step, slot])
+        index = step * len(self.kinds) + slot
+        drawn = sample(task, index, self.seed, num_scenes=self.mixture.num_scenes)
+        drop = rng.random()
+        drop_text = drop < self.mixture.text_dropout
+        drop_images = not drop_text and drop < self.mixture.text_dropout + self.mixture.image_dropout and task != "t2i"
+        turns: list[Turn] = []
+        if system := SYSTEM_TEXTS.get(mode):
+            turns.append(self._text(system))
+        if not drop_images:
+            for number, reference in enumerate(drawn.references):
+                is_source = task == "edit" and number == 0
+                turns += self._picture(reference, self.pool.source(index) if is_source else None)
+        if not drop_text:
+            turns.append(self._text(drawn.text))
+        if mode == "ic-cot" and not drop_text and not drop_images:
+            turns.append(self._text(format_iccot(drawn.iccot), has_loss=True))
+        turns.append(self._target(self.pool.target(task, index), rng))
+        return turns
+
+    def _text(self, text: str, has_loss: bool = False) -> TextTurn:
+        return TextTurn(self._ids(text), has_loss)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.model.tokenizer.encode(text)
+
+    def _picture(self, reference: Reference, latent: Tensor | None) -> list[Turn]:
+        config = self.model.config
+        side = reference.picture.shape[0]
+        if latent is None:
+            latent = self._latent_of_reference(_look(reference.shows))
+        latent_turn = LatentTurn(latent, self._positions(side, config.latent_stride, config.max_latent_size))
+        pixels = torch.from_numpy(reference.picture).permute(2, 0, 1).float().div(127.5).sub(1)
+        patches = patchify_pixels(pixels, config.vit.patch_size)
+        positions = self._positions(side, config.vit.patch_size, config.vit_max_num_patch_per_side)
+        return [latent_turn, ViTTurn(patches, positions)]
+
+    def _positions(self, side: int, stride: int, max_per_side: int) -> Tensor:
+        return flattened_position_ids(side // stride, side // stride, max_per_side, self.model.config.interpolate_pos)
+
+    def _encode_reference(self, look: Object | str) -> Tensor:
+        picture = render_background_reference(look) if isinstance(look, str) else render_object_reference(look)
+        return encode_pictures(self.model, picture[None])[0]
+
+    def _target(self, latent: Tensor, rng: np.random.Generator) -> LatentTurn:
+        time = 1 / (1 + np.exp(-rng.standard_normal()))
+        shift = self.mixture.timestep_shift
+        time = float(shift * time / (1 + (shift - 1) * time))
+        noise = torch.from_numpy(rng.standard_normal(latent.shape, dtype=np.float32))
+        config = self.model.config
+        positions = self._positions(SIZE, config.latent_stride, config.max_latent_size)
+        return LatentTurn(latent, positions, time, noise)
+
+
+def _look(shows: Object | str) -> Object | str:
+    """What a reference picture depends on: of an object, neither its place nor its size."""
+    return shows if isinstance(shows, str) else replace(shows, cell=0, size=SIZES[0])
+
