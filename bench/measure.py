@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from bench.registry import OPS, PLAIN, Case, Shape
+
+NUM_TURNS = 5
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def measure_op(op: str, shape: Shape, seconds: float) -> list[Row]:
     """One row per implementation; `seconds` is the time spent on each."""
     case = OPS[op].build(shape)
     check_case(case)
-    times = {name: _time_run(run, seconds) for name, run in case.runs.items()}
+    times = _time_runs(case.runs, seconds)
     machine = describe_machine()
     return [
         Row(
@@ -67,13 +70,19 @@ def measure_op(op: str, shape: Shape, seconds: float) -> list[Row]:
     ]
 
 
-def _time_run(run: Callable[[], torch.Tensor], seconds: float) -> tuple[float, float, float]:
-    """20th, 50th and 80th percentile, in microseconds."""
+def _time_runs(runs: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, list[float]]:
+    """20th, 50th and 80th percentile of each run, in microseconds. Runs take turns: a busy machine hits all."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():
-        timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-        times = torch.tensor(timer.blocked_autorange(min_run_time=seconds).times, dtype=torch.float64)
-    p20, median, p80 = (times.quantile(q).item() * 1e6 for q in (0.2, 0.5, 0.8))
-    return p20, median, p80
+        for _ in range(NUM_TURNS):
+            for name, run in runs.items():
+                timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+                times[name] += timer.blocked_autorange(min_run_time=seconds / NUM_TURNS).times
+    quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    return {
+        name: (torch.tensor(values, dtype=torch.float64).quantile(quantiles) * 1e6).tolist()
+        for name, values in times.items()
+    }
 
 
 def describe_machine() -> dict[str, str | int]:
@@ -94,6 +103,14 @@ def _name_cpu() -> str:
 
 
 def _name_commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """The commit, and `-dirty` if what is measured has changed since."""
+    commit = _run_git("rev-parse", "--short", "HEAD")
+    changes = _run_git("status", "--porcelain", "--", "csrc", "realign_kernels", "bench", ":!bench/results")
+    return f"{commit or 'unknown'}{'-dirty' if changes else ''}"
+
+
+def _run_git(*arguments: str) -> str:
+    root = Path(__file__).parents[1]
+    return subprocess.run(
+        ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
+    ).stdout.strip()
