@@ -71,7 +71,7 @@ def measure_op(op: str, shape: Shape, seconds: float) -> list[Row]:
 
 
 def _time_runs(runs: dict[str, Callable[[], Tensor]], seconds: float) -> dict[str, list[float]]:
-    """20th, 50th and 80th percentile of each run, in microseconds. Runs take turns: a busy machine hits all."""
+    """20th, 50th, 80th percentile of each run in microseconds; they take turns: a busy machine hits all."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():
         for _ in range(NUM_TURNS):
