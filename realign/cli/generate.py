@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import realign
 from realign.cli.console import RunError, UsageError, print_error, print_note, print_warning
+from realign.cli.fits import check_given_size, check_lengths, check_sizes
 from realign.cli.folder import RunFolder
 from realign.cli.gallery import write_gallery
 from realign.cli.job import Job, build_tasks
 from realign.cli.layout import build_layout
 from realign.cli.models import ModelFolder
 from realign.cli.options import PROMPT_FORMATS, RunOptions, add_run_arguments
-from realign.cli.sizes import check_given_size, check_sizes
 from realign.data.readers import PromptError, PromptFile, Reference, load_references, read_prompts
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class PreparedRun:
         model = ModelFolder.find(options.model)
         check_given_size(options.picture, model.config)
         check_sizes(options.picture, model.config, prompts, references)
+        check_lengths(model, prompts)
         settings = {
             **options.picture.as_json(),
             "format": prompts.format,
@@ -119,9 +120,8 @@ class PreparedRun:
             if pending:
                 batch_size = self.options.batch_size or DEFAULT_BATCH_SIZE
                 there = f", {len(done)} are there already" if done else ""
-                print_note(
-                    f"{len(pending)} pictures to make{there}; {batch_size} at a time, {self.device}, {self.dtype}"
-                )
+                how = f"{batch_size} at a time, {self.device}, {self.dtype}"
+                print_note(f"{len(pending)} pictures to make{there}; {how}")
                 job = Job(self.prompts, self.references, self.options.picture, folder, batch_size)
                 job.run(pending, len(done), engine or self.load_engine())
             folder.sort_records(tasks)
@@ -131,19 +131,12 @@ class PreparedRun:
 
     def load_engine(self) -> Engine:
         """Load the weights; raises UsageError where they are damaged or do not fit."""
-        import torch
-
-        from realign.model.bagel import Bagel
-        from realign.reasoning.programs import PROGRAMS
-        from realign.runtime.engine import Engine
+        from realign.api import load
 
         try:
-            model = Bagel.from_pretrained(
-                self.model.path, device=self.device, dtype=getattr(torch, self.dtype)
-            )
+            return load(self.model.path, device=self.device, dtype=self.dtype).engine
         except ValueError as error:
             raise UsageError(f"--model {self.model.name}: {error}") from error
-        return Engine(model, PROGRAMS)
 
     def describe(self) -> dict[str, Any]:
         """What `run.json` says beside the settings: for people, not compared."""
@@ -184,12 +177,11 @@ def _hash_references(prompts: PromptFile, references: Mapping[Path, Reference]) 
 
 
 def _warn_untrained(mode: str, model: ModelFolder) -> None:
-    trained = model.config.reasoning_modes
-    if mode not in trained:
-        print_warning(
-            f"{model.name} was not trained for reasoning {mode!r}, only for {', '.join(trained)}: "
-            "expect poor text"
-        )
+    from realign.reasoning.programs import describe_untrained
+
+    warning = describe_untrained(model.config, mode)
+    if warning:
+        print_warning(warning)
 
 
 def _library_versions() -> dict[str, str]:

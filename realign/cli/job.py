@@ -42,12 +42,14 @@ class Job:
 
     def run(self, tasks: Sequence[Task], num_done: int, engine: Engine) -> None:
         """Make the pictures of `tasks`; `num_done` others are there already."""
-        settings = build_settings(self.options)
+        from realign.api import build_settings
+
+        settings = build_settings(**self.options.of_request())
         load = lru_cache(maxsize=REFERENCES_KEPT)(self._load_reference)
         with build_progress(len(tasks) + num_done, num_done) as progress:
             for batch in _batches(tasks, self.batch_size):
                 requests = [build_request(task, self.seed_of(task), settings, load) for task in batch]
-                for task, sample in zip(batch, engine.run(requests), strict=True):
+                for task, sample in zip(batch, _run_batch(engine, requests), strict=True):
                     self.folder.save_picture(task, sample.image, self._record(task, sample, load))
                     progress.advance()
 
@@ -71,7 +73,8 @@ class Job:
             else:
                 picture = load(part.path)
                 name = self.folder.save_reference(picture.sha256, picture.image)
-                parts.append({"image": name, "source": part.name})
+                width, height = picture.image.size
+                parts.append({"image": name, "source": part.name, "height": height, "width": width})
         return {
             "id": task.entry.id,
             "index": task.index,
@@ -83,29 +86,6 @@ class Job:
         }
 
 
-def build_settings(options: PictureOptions) -> Settings:
-    """The command line's options as the runtime's settings."""
-    from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
-
-    return Settings(
-        height=options.height,
-        width=options.width,
-        reasoning=options.reasoning,
-        num_timesteps=options.steps,
-        timestep_shift=options.timestep_shift,
-        guidance=GuidanceSettings(
-            text_scale=options.text_guidance_scale,
-            image_scale=options.image_guidance_scale,
-            interval=options.guidance_interval,
-            renorm=options.guidance_renorm,
-            renorm_min=options.guidance_renorm_min,
-        ),
-        text=TextSettings(
-            max_tokens=options.max_reasoning_tokens, temperature=options.temperature, top_p=options.top_p
-        ),
-    )
-
-
 def build_request(task: Task, seed: int, settings: Settings, load: Callable[[Path], Picture]) -> Request:
     from realign.runtime.request import ImagePart, Prompt, Request, TextPart
 
@@ -114,6 +94,17 @@ def build_request(task: Task, seed: int, settings: Settings, load: Callable[[Pat
         for part in task.entry.parts
     ]
     return Request(id=task.request_id, prompt=Prompt(tuple(parts)), seed=seed, settings=settings)
+
+
+def _run_batch(engine: Engine, requests: Sequence[Request]) -> list[Sample]:
+    import torch
+
+    try:
+        return engine.run(requests)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"the device has too little memory for --batch-size {len(requests)}, give less"
+        ) from error
 
 
 def _describe_reasoning(reasoning: Reasoning | None) -> dict[str, Any] | None:

@@ -54,6 +54,10 @@ class PictureOptions:
                 f"--guidance-interval {low:g} {high:g}: give two times LOW HIGH with 0 <= LOW < HIGH <= 1"
             )
 
+    def of_request(self) -> dict[str, object]:
+        """Those of a single request, as `realign.api.build_settings` takes them."""
+        return {name: value for name, value in vars(self).items() if name not in ("num_images", "seed")}
+
     def as_json(self) -> dict[str, object]:
         values = asdict(self)
         values["guidance_interval"] = list(self.guidance_interval)

@@ -63,6 +63,10 @@ class PromptEntry:
     source: str
 
     @property
+    def texts(self) -> list[str]:
+        return [part.text for part in self.parts if isinstance(part, TextEntry)]
+
+    @property
     def pictures(self) -> list[PictureEntry]:
         return [part for part in self.parts if isinstance(part, PictureEntry)]
 

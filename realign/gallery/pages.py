@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from itertools import groupby
+from itertools import count, groupby, takewhile
 from typing import Any
 from urllib.parse import quote
 
@@ -88,12 +88,24 @@ def _head(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _references(record: Mapping[str, Any]) -> list[str]:
-    return [part["image"] for part in record["prompt"] if "image" in part]
+def _numbered(parts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The parts of a prompt, its pictures numbered from 1."""
+    numbers = count(1)
+    return [{**part, "number": next(numbers)} if "image" in part else dict(part) for part in parts]
 
 
-def _is_small(record: Mapping[str, Any]) -> bool:
-    return max(record["height"], record["width"]) <= SMALL_PIXELS
+def _split_opening(parts: Sequence[Mapping[str, Any]]) -> tuple[list, list]:
+    """The pictures that come before any text, which get a line of their own, and the rest."""
+    opening = list(takewhile(lambda part: "image" in part, parts))
+    return opening, list(parts[len(opening) :])
+
+
+def _references(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [part for part in record["prompt"] if "image" in part]
+
+
+def _is_small(picture: Mapping[str, Any]) -> bool:
+    return max(picture["height"], picture["width"]) <= SMALL_PIXELS
 
 
 @cache
@@ -101,7 +113,7 @@ def _load_template() -> Template:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(link=quote, references=_references)
+    environment.filters.update(link=quote, references=_references, numbered=_numbered, opening=_split_opening)
     environment.tests["small"] = _is_small
     return environment.from_string(_load("page.html"))
 

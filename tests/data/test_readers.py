@@ -119,8 +119,8 @@ def test_a_bad_row_is_refused(tmp_path: Path, row: object, message: str) -> None
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../a", "a/b", "a\\b", "/etc/passwd", "a.", ".hidden", "-x", "a b", "a\nb", "a\0b", "~", "a:b",
-     "con", "NUL", "com1.x", "x" * 201, "é" * 101, "a?", "a*", "\ud800"],
+    ["", ".", "..", "../a", "a/b", "a\\b", "/etc/passwd", "a.", ".hidden", "-x", "a b", "a\nb", "a\0b", "~",
+     "a:b", "con", "NUL", "com1.x", "x" * 201, "é" * 101, "a?", "a*", "\ud800"],
 )  # fmt: skip
 def test_ids_that_are_no_file_names_are_refused(tmp_path: Path, name: str) -> None:
     line, text = refuse(write(tmp_path, rows({"id": name, "prompt": "x"})))
@@ -166,8 +166,8 @@ def test_ids_that_collide_are_refused(tmp_path: Path, first: str, second: str, m
         ("", 1, "the file has no prompts"),
         (" \n\r\n\n", 1, "the file has no prompts"),
     ],
-    ids=["cut", "two", "twice", "twice-in-part", "nan", "digits", "deep", "surrogate", "latin-1", "utf-16", "empty",
-         "blank"],
+    ids=["cut", "two", "twice", "twice-in-part", "nan", "digits", "deep", "surrogate", "latin-1", "utf-16",
+         "empty", "blank"],
 )  # fmt: skip
 def test_broken_files_are_refused(tmp_path: Path, content: str | bytes, line: int, message: str) -> None:
     found, text = refuse(write(tmp_path, content))

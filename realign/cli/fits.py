@@ -1,0 +1,92 @@
+"""Whether a run fits its model: sizes asked for, the model's own, those of references; text lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from realign.cli.console import UsageError
+from realign.cli.models import ModelFolder
+from realign.cli.options import PictureOptions
+from realign.data.readers import PromptError, PromptFile, Reference
+from realign.model.config import BagelConfig
+
+
+def largest_side(config: BagelConfig) -> int:
+    """Pixels that the model's latent positions reach, per side."""
+    return config.latent_stride * config.max_latent_size
+
+
+def check_given_size(options: PictureOptions, config: BagelConfig) -> None:
+    """Raises UsageError for a --height or --width that is no whole number of latent patches."""
+    if (options.height is None) != (options.width is None):
+        raise UsageError("--height and --width go together: give both, or neither for the model's own size")
+    stride, largest = config.latent_stride, largest_side(config)
+    for name, value in (("--height", options.height), ("--width", options.width)):
+        if value is not None and (value % stride or not stride <= value <= largest):
+            raise UsageError(f"{name} {value}: give a multiple of {stride} from {stride} to {largest}")
+
+
+def check_sizes(
+    options: PictureOptions,
+    config: BagelConfig,
+    prompts: PromptFile,
+    references: Mapping[Path, Reference],
+) -> None:
+    """Raises UsageError or PromptError where a size that follows from model and pictures does not fit."""
+    follows = all(entry.pictures for entry in prompts.entries) and config.size_follows_picture
+    if options.height is None and not follows:
+        _check_default_size(config)
+    if references:
+        _check_references(config, prompts, references)
+
+
+def _check_default_size(config: BagelConfig) -> None:
+    height, width = config.default_image_size
+    stride, largest = config.latent_stride, largest_side(config)
+    if height % stride or width % stride or max(height, width) > largest:
+        raise UsageError(
+            f"the model's own size {height}x{width} does not fit it: "
+            f"give --height and --width, multiples of {stride} up to {largest}"
+        )
+
+
+def _check_references(config: BagelConfig, prompts: PromptFile, references: Mapping[Path, Reference]) -> None:
+    from realign.runtime.prepare import resized_size
+
+    largest_vit = config.vit.patch_size * config.vit_max_num_patch_per_side
+    for entry in prompts.entries:
+        for part in entry.pictures:
+            for_vae = resized_size(references[part.path].size, config.vae_resize)
+            for_vit = resized_size(for_vae, config.vit_resize)
+            for rule, size, largest in (
+                ("vae_resize", for_vae, largest_side(config)),
+                ("vit_resize", for_vit, largest_vit),
+            ):
+                if max(size) > largest:
+                    what = (
+                        f"the model resizes {part.name!r} to {size[0]}x{size[1]}, and takes at most {largest}"
+                    )
+                    raise PromptError(f"{prompts.path}:{entry.line}: {what}; mend {rule} in its config.json")
+
+
+def check_lengths(model: ModelFolder, prompts: PromptFile) -> None:
+    """Raises PromptError for a prompt with more text than the model has positions for.
+
+    A byte-level tokenizer makes at most one token of a byte, so that most prompts need no tokenizer here.
+    """
+    limit = model.config.llm.max_position_embeddings
+    long = [entry for entry in prompts.entries if sum(map(len, map(str.encode, entry.texts))) > limit]
+    if not long:
+        return
+    from transformers.utils.logging import set_verbosity_error
+
+    from realign.model.tokenizer import Tokenizer
+
+    set_verbosity_error()  # it would warn of the very lengths that are checked here
+    tokenizer = Tokenizer.load(model.path)
+    for entry in long:
+        count = sum(len(tokenizer.encode(text)) for text in entry.texts)
+        if count > limit:
+            what = f"the prompt has {count} tokens, the model reads at most {limit}"
+            raise PromptError(f"{prompts.path}:{entry.line}: {what}; shorten it")
