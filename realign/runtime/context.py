@@ -143,6 +143,7 @@ def encode_latents(model: Bagel, pictures_CHW: Sequence[Tensor]) -> list[Tensor]
     latents: dict[int, Tensor] = {}
     for indexes in _batches_of_size(pictures_CHW):
         pixels_BCHW = torch.stack([pictures_CHW[index] for index in indexes]).to(model.device, model.dtype)
+        pixels_BCHW = pixels_BCHW.contiguous(memory_format=torch.channels_last)  # faster convolutions
         for index, latent_CHW in zip(indexes, model.autoencoder.encode(pixels_BCHW), strict=True):
             latents[index] = patchify_latent(latent_CHW, model.config.latent_patch_size)
     return [latents[index] for index in range(len(pictures_CHW))]

@@ -330,7 +330,8 @@ def decode_pictures(model: Bagel, jobs: Sequence[DenoiseJob], latents: Sequence[
         for start in range(0, len(rows), count):
             part = rows[start : start + count]
             maps = [unpatchify_latent(latents[row], *grid, config.latent_patch_size) for row in part]
-            pixels_BCHW = model.autoencoder.decode(torch.stack(maps).to(model.dtype))
+            latent_BCHW = torch.stack(maps).to(model.dtype, memory_format=torch.channels_last)
+            pixels_BCHW = model.autoencoder.decode(latent_BCHW)
             images.update(zip(part, map(to_picture, pixels_BCHW), strict=True))
     return [images[row] for row in range(len(jobs))]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,15 +53,18 @@ class DenoiseJob:
     def find_branch(self, kind: str) -> Branch | None:
         return next((branch for branch in self.branches if branch.kind == kind), None)
 
+    @cached_property
+    def is_guided(self) -> tuple[bool, ...]:
+        """For each step whether it is guided: in the interval, and text guidance is on."""
+        text = self.find_branch("text")
+        if text is None or text.scale <= 1:
+            return (False,) * self.schedule.num_steps
+        return self.schedule.guided_steps(self.guidance.interval)
+
     def scale(self, kind: str, step: int) -> float:
-        """The guidance scale of a step: 1 outside the interval, or where text guidance is off."""
-        text, image = self.find_branch("text"), self.find_branch("image")
-        is_on = (
-            text is not None and text.scale > 1 and self.schedule.guided_steps(self.guidance.interval)[step]
-        )
-        if not is_on or (kind == "image" and image is None):
-            return 1.0
-        return max(1.0, text.scale if kind == "text" else image.scale)
+        """The scale of a branch at a step: 1 where it does not act."""
+        branch = self.find_branch(kind)
+        return max(1.0, branch.scale) if branch is not None and self.is_guided[step] else 1.0
 
     def running_kinds(self, step: int) -> tuple[str, ...]:
         """The branches that a step needs."""

@@ -1,0 +1,162 @@
+"""The packed loop against the same loop written out plainly, one sample and one branch at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from realign.model.mot import Route
+from realign.runtime.context import (
+    Context,
+    build_text_block,
+    build_vae_blocks,
+    embed_markers,
+    extend,
+    latent_position_ids,
+)
+from realign.runtime.guidance import Branch
+from realign.runtime.noise import NoiseKey, normal
+from realign.runtime.sampler import DenoiseJob, denoise
+from realign.runtime.schedule import Schedule
+from realign.runtime.settings import GuidanceSettings
+
+pytestmark = pytest.mark.usefixtures("poison_fresh_memory")
+
+
+def plain_velocity(model, context, latent_LC, t, size):
+    """One branch of one sample: attention written out over the whole context."""
+    start_1E, end_1E = embed_markers(model)
+    place_L = latent_position_ids(model, *size)
+    tokens_LE = model.embed_latent(latent_LC, torch.tensor([t]), place_L)
+    hidden_LE = torch.cat((start_1E, tokens_LE, end_1E))
+    is_gen = torch.ones(len(hidden_LE), dtype=torch.bool)
+    is_gen[0] = is_gen[-1] = False
+
+    def attend(layer, query_LHD, key_LKD, value_LKD):
+        if context.length:
+            key_LKD = torch.cat((context.key(layer), key_LKD))
+            value_LKD = torch.cat((context.value(layer), value_LKD))
+        repeats = query_LHD.shape[1] // key_LKD.shape[1]
+        key_LHD, value_LHD = (t.repeat_interleave(repeats, dim=1) for t in (key_LKD, value_LKD))
+        scores_HLS = torch.einsum("lhd,shd->hls", query_LHD, key_LHD) / query_LHD.shape[-1] ** 0.5
+        return torch.einsum("hls,shd->lhd", scores_HLS.softmax(-1), value_LHD)
+
+    position_L = torch.full((len(hidden_LE),), context.next_position)
+    hidden_LE = model.decoder(hidden_LE, position_L, Route.from_mask(is_gen), attend)
+    return model.velocity(hidden_LE[1:-1])
+
+
+@torch.no_grad()
+def plain_denoise(model, job):
+    """BAGEL's loop for one sample, with global renorm."""
+    size = (job.height, job.width)
+    latent_LC = normal(job.key, (job.height // 8 * (job.width // 8), model.config.latent_dim))
+    text, image = job.find_branch("text"), job.find_branch("image")
+    for index, step in enumerate(job.schedule.steps):
+        v = plain_velocity(model, job.find_branch("conditional").context, latent_LC, step.t, size)
+        low, high = job.guidance.interval
+        if low < step.t <= high and text.scale > 1:
+            without_text = plain_velocity(model, text.context, latent_LC, step.t, size)
+            guided = without_text + text.scale * (v - without_text)
+            if image.scale > 1:
+                without_image = plain_velocity(model, image.context, latent_LC, step.t, size)
+                guided = without_image + image.scale * (guided - without_image)
+            v = guided * (v.norm() / (guided.norm() + 1e-8)).clamp(job.guidance.renorm_min, 1.0)
+        latent_LC = step.a * latent_LC + step.b * v
+        if step.std:
+            key = replace(job.key, stream="sde", step=index)
+            latent_LC = latent_LC + step.std * normal(key, latent_LC.shape)
+    return latent_LC
+
+
+@pytest.fixture
+def contexts(model):
+    empty = Context()
+    pixels = torch.rand(3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    (picture,) = build_vae_blocks(model, [pixels])
+    text = build_text_block(model, "put it on the table")
+    seen, read = extend(model, [empty, empty], [picture, text])
+    (both,) = extend(model, [seen], [text])
+    return both, seen, read, empty
+
+
+@pytest.fixture
+def jobs(contexts):
+    both, seen, read, empty = contexts
+    schedules = [
+        Schedule.build(6, 3.0),
+        Schedule.build(3, 1.0),
+        Schedule.build(9, 4.0),
+        Schedule.build(6, 3.0),
+    ]
+    guidances = [
+        GuidanceSettings(interval=(0.4, 1.0)),
+        GuidanceSettings(interval=(0.0, 1.0), renorm_min=0.95),
+        GuidanceSettings(interval=(0.4, 0.9)),
+        GuidanceSettings(interval=(0.0, 0.0)),
+    ]
+    branches = [
+        (Branch(both), Branch(seen, 4.0, "text"), Branch(read, 2.0, "image")),
+        (Branch(read), Branch(empty, 3.0, "text"), Branch(read, 1.0, "image")),
+        (Branch(both), Branch(seen, 6.0, "text"), Branch(empty, 1.5, "image")),
+        (Branch(both), Branch(seen, 1.0, "text"), Branch(read, 2.0, "image")),
+    ]
+    sizes = [(16, 24), (32, 16), (8, 8), (16, 24)]
+    return [
+        DenoiseJob(*given[:1], *size, *given[1:], NoiseKey(1, str(number)))
+        for number, (size, *given) in enumerate(zip(sizes, branches, schedules, guidances, strict=True))
+    ]
+
+
+def test_a_mixed_batch_is_each_sample_alone(model, jobs):
+    for job, latent_LC in zip(jobs, denoise(model, jobs), strict=True):
+        torch.testing.assert_close(latent_LC, plain_denoise(model, job), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_very_different_lengths_are_padded_apart(model, jobs, monkeypatch):
+    expected = denoise(model, jobs)
+    monkeypatch.setattr("realign.runtime.attention.MAX_EXTRA", 0)
+    monkeypatch.setattr("realign.runtime.attention.MAX_RATIO", 1.0)
+    for ours, theirs in zip(denoise(model, jobs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_stochastic_steps_take_their_noise_from_the_key(model, jobs):
+    def noisy(job):
+        steps = tuple(replace(step, std=0.1 * step.t) for step in job.schedule.steps)
+        return replace(job, schedule=replace(job.schedule, steps=steps))
+
+    mixed = [noisy(jobs[0]), jobs[1], noisy(jobs[2])]
+    for job, latent_LC in zip(mixed, denoise(model, mixed), strict=True):
+        torch.testing.assert_close(latent_LC, plain_denoise(model, job), rtol=1e-5, atol=1e-5)
+
+
+def test_given_noise_and_every_step_are_seen(model, jobs):
+    given = torch.randn(6, model.config.latent_dim, generator=torch.Generator().manual_seed(3))
+    mixed = [jobs[1], replace(jobs[0], noise_LC=given)]
+    seen = []
+    final = denoise(model, mixed, lambda step, latents: seen.append((step, latents)))
+    assert [step for step, _ in seen] == list(range(6))
+    assert torch.equal(seen[0][1][1], given)
+    assert [latents[0] is None for _, latents in seen] == [False, False, False, True, True, True]
+    assert torch.equal(seen[2][1][0], final[0])
+    assert torch.equal(seen[5][1][1], final[1])
+
+
+def test_branches_run_only_where_they_act(jobs):
+    kinds = [[job.running_kinds(step) for step in range(job.schedule.num_steps)] for job in jobs]
+    assert [len(step) for step in kinds[0]] == [3, 3, 3, 3, 3]
+    assert kinds[1] == [("conditional", "text")] * 2
+    assert [len(step) for step in kinds[2]] == [1, 1, 1, 3, 3, 3, 3, 1]
+    assert kinds[3] == [("conditional",)] * 5  # image guidance acts only together with text guidance
+
+
+def test_no_jobs_is_no_work(model):
+    assert denoise(model, []) == []
+
+
+def test_an_unknown_branch_is_refused():
+    with pytest.raises(ValueError, match="branch kind is 'video'"):
+        Branch(Context(), 2.0, "video")
