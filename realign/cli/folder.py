@@ -83,6 +83,7 @@ class RunFolder:
             self._staging.clear()
             if self.is_started:
                 self._check_settings()
+                self._warn_versions(about.get("versions", {}))
             else:
                 check_empty(self.path, self._allowed)
                 run = {"made_by": "realign", **about, "settings": self._settings}
@@ -148,13 +149,7 @@ class RunFolder:
             raise UsageError(f"--out {self.path}: {place} cannot be written to; choose another")
 
     def _check_settings(self) -> None:
-        try:
-            run = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            settings = dict(run["settings"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"--out {self.path}: run.json is not realign's; name a new or empty folder"
-            ) from error
+        settings = load_run(self.path)["settings"]
         names = [*self._settings, *(name for name in settings if name not in self._settings)]
         differing = [name for name in names if settings.get(name) != self._settings.get(name)]
         if differing:
@@ -163,6 +158,19 @@ class RunFolder:
             )
             raise UsageError(
                 f"--out {self.path}: holds another run: {shown}; repeat its settings or name another folder"
+            )
+
+    def _warn_versions(self, versions: Mapping[str, str]) -> None:
+        """Another library version may change a picture's last digits: worth a word, not a refusal."""
+        before = load_run(self.path).get("versions", {})
+        changed = [
+            f"{n} {before[n]} then, {versions[n]} now"
+            for n in versions
+            if before.get(n, versions[n]) != versions[n]
+        ]
+        if changed:
+            print_warning(
+                f"{self.path} was begun with other versions ({', '.join(changed)}): pictures may differ"
             )
 
     def _lock(self, file: IO[str]) -> None:
@@ -219,6 +227,19 @@ class RunFolder:
         for file_name, text in files.items():
             (staged / file_name).write_text(text, encoding="utf-8", newline="")
         os.rename(staged, self.path / name)
+
+
+def load_run(folder: Path) -> dict[str, Any]:
+    """The content of a run's `run.json`. Raises UsageError where there is none that realign wrote."""
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder}: has no run.json that can be read; name another folder") from error
+    if not (
+        isinstance(run, dict) and run.get("made_by") == "realign" and isinstance(run.get("settings"), dict)
+    ):
+        raise UsageError(f"{folder}: its run.json is not realign's; name another folder")
+    return run
 
 
 def check_empty(path: Path, allowed: Sequence[str] = ()) -> None:

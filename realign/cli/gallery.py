@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from realign.cli.console import UsageError, print_error
 from realign.cli.files import Staging, load_lines
-from realign.cli.folder import HIDDEN
+from realign.cli.folder import HIDDEN, load_run
 from realign.gallery.pages import build_pages
 
 
@@ -24,17 +23,15 @@ def main(args: argparse.Namespace) -> int:
     except UsageError as error:
         print_error(error)
         return 2
+    except OSError as error:
+        print_error(error)
+        return 1
     return 0
 
 
 def write_gallery(folder: Path) -> Path:
     """Write the pages from `run.json` and `records.jsonl`; returns the first. Raises UsageError."""
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{folder}: has no run.json that can be read; name a folder that generate made"
-        ) from error
+    run = load_run(folder)
     staging = Staging(folder / HIDDEN / "tmp")
     for name, html in build_pages(run, list(load_lines(folder / "records.jsonl"))):
         staging.write_text(folder / name, html)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from realign.runtime.request import Reasoning, Request, Sample
     from realign.runtime.settings import Settings
 
-REFERENCES_KEPT = 64
+# Decoded reference pictures kept for the prompts that follow; one may have 120 MB.
+REFERENCES_KEPT = 16
 
 
 def build_tasks(prompts: PromptFile, num_images: int) -> list[Task]:

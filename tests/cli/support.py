@@ -12,7 +12,8 @@ from PIL import Image
 
 from realign.cli.__main__ import main
 
-CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "bagel-tiny" / "checkpoint"
+ROOT = Path(__file__).parents[2]
+CHECKPOINT = ROOT / "tests" / "fixtures" / "bagel-tiny" / "checkpoint"
 
 
 @dataclass(frozen=True)

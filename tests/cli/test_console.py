@@ -8,6 +8,7 @@ import pytest
 from realign.cli import console
 from realign.cli.__main__ import COMMANDS, main
 from realign.cli.console import BarProgress, LineProgress, RateMeter, format_duration
+from tests.cli.support import ROOT
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
         "finally:\n    print(sorted({'torch', 'transformers', 'rich'} & set(sys.modules)))\n"
     )
     command = [sys.executable, "-c", script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -36,7 +37,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_module_runs() -> None:
     command = [sys.executable, "-m", "realign.cli", "--version"]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("realign ")
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.startswith("realign ")
 
 
 @pytest.mark.parametrize(

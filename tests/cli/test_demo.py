@@ -6,7 +6,7 @@ import pytest
 
 from realign.cli.demo import TASKS, write_prompts
 from realign.data.readers import load_references, read_prompts
-from tests.cli.support import Workplace, list_files, read_records
+from tests.cli.support import ROOT, Workplace, list_files, read_records
 
 
 def demo(place: Workplace, *arguments: object):
@@ -43,6 +43,16 @@ def test_the_demo_refuses_what_is_not_its_own(place: Workplace) -> None:
     assert outcome.code == 2
     assert "has files that realign did not make" in outcome.err
     assert list_files(place.out) == ["thesis.txt"]
+
+
+@pytest.mark.skipif(not (ROOT / "realign" / "assets" / "mini").is_dir(), reason="mini is not trained yet")
+def test_the_demo_on_mini(place: Workplace) -> None:
+    outcome = place.run("demo", "--out", place.out, "--num-prompts", 4, "--steps", 6, "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    assert "warning" not in outcome.err
+    records = read_records(place.out)
+    assert [(record["height"], record["width"]) for record in records] == [(64, 64)] * 4
+    assert all(record["reasoning"]["error"] is None for record in records)
 
 
 @pytest.mark.parametrize("arguments", [("--num-prompts", 0), ("--steps", 1), ("--out", "/proc/nothing")])

@@ -158,6 +158,15 @@ def test_a_mode_without_training_is_a_warning(place: Workplace) -> None:
     assert read_records(place.out)[0]["reasoning"]["mode"] == "think"
 
 
+def test_going_on_with_other_libraries_is_a_warning(place: Workplace, mixed: Path) -> None:
+    place.generate(mixed)
+    run = json.loads((place.out / "run.json").read_text())
+    (place.out / "run.json").write_text(json.dumps({**run, "versions": {"torch": "1.0", "other": "2"}}))
+    outcome = place.generate(mixed)
+    assert outcome.code == 0
+    assert re.fullmatch(r"realign: warning: .*\(torch 1.0 then, .* now\): pictures may differ\n", outcome.err)
+
+
 def test_progress_is_plain_lines_off_a_terminal(place: Workplace, mixed: Path) -> None:
     lines = place.generate(mixed).err.splitlines()
     assert lines[0] == "realign: 4 pictures to make; 16 at a time, cpu, float32"

@@ -1,6 +1,7 @@
 """Whatever is wrong is said in one line, with exit code 2, before anything is written."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -162,16 +163,23 @@ def test_folders_that_are_not_ours(place: Workplace) -> None:
     place.out.mkdir()
     (place.out / "thesis.txt").write_text("mine")
     check_refused(place.generate(prompts), r"has files that realign did not make \('thesis.txt'\)")
-    (place.out / "run.json").write_text('{"name": "other tool"}')
-    check_refused(place.generate(prompts), r"run\.json is not realign's")
+    for content in ('{"name": "other tool"}', '{"made_by": "realign"}', "[]", "5"):
+        (place.out / "run.json").write_text(content)
+        check_refused(place.generate(prompts), r"its run\.json is not realign's")
+        check_refused(place.run("gallery", place.out), r"its run\.json is not realign's")
     (place.out / "run.json").write_text("[")
-    check_refused(place.generate(prompts), r"run\.json is not realign's")
+    check_refused(place.generate(prompts), r"has no run\.json that can be read")
     assert list_files(place.out) == ["run.json", "thesis.txt"]
     check_refused(place.generate(prompts, "--out", prompts), r"--out .*prompts\.jsonl: is a file")
     check_refused(place.generate(prompts, "--out", prompts / "sub"), "is a file; name a folder elsewhere")
     check_refused(
         place.generate(prompts, "--out", "/proc/nothing/here"), "/proc/nothing/here: cannot be made"
     )
+
+
+def test_a_folder_that_cannot_be_written(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    check_refused(place.generate(place.write_prompts(FINE)), f"{place.folder} cannot be written to; choose")
 
 
 def test_an_empty_folder_is_taken(place: Workplace) -> None:
