@@ -37,6 +37,7 @@ def mini_config(vocab_size: int, autoencoder: AutoencoderConfig) -> BagelConfig:
         vae_resize=ResizeRule(SIZE, REFERENCE_SIZE, 16),
         vit_resize=ResizeRule(SIZE, REFERENCE_SIZE, 8),
         default_image_size=(SIZE, SIZE),
+        size_follows_picture=False,
         reasoning_modes=("none", "ic-cot"),
         name="mini",
     )  # fmt: skip

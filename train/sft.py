@@ -32,6 +32,7 @@ from realign.model.training import PackedBatch, packed_losses
 from train.state import load_optimizer_tensors, load_state, optimizer_tensors, save_state
 from train.world_data import LatentPool, Mixture, WorldData
 
+PACK_MULTIPLE = 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -194,7 +195,7 @@ class Trainer:
         if state is None:
             return None
         tensors, numbers = state
-        check_same_recipe(numbers["recipe"], json.loads(json.dumps(asdict(self.recipe))), out)
+        check_same_recipe(numbers["recipe"], self.recipe, numbers["step"], out)
         for parameter, average in zip(self.parameters, self.average, strict=True):
             name = self.names[id(parameter)]
             parameter.copy_(tensors[f"model.{name}"])
@@ -212,11 +213,19 @@ class Trainer:
         torch._foreach_copy_(self.parameters, live)
 
 
-def check_same_recipe(saved: dict[str, Any], asked: dict[str, Any], out: Path) -> None:
-    """Raises ValueError naming what differs between a run's recipe and the one asked for."""
-    differing = [k for k in sorted(saved.keys() | asked.keys()) if saved.get(k) != asked.get(k)]
+def check_same_recipe(saved: dict[str, Any], asked: Recipe, steps_done: int, out: Path) -> None:
+    """Checks that a run can go on under a recipe: only the number of steps may differ, before its decay has begun.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    wanted = json.loads(json.dumps(asdict(asked)))
+    before = Optimization(**saved["optimization"])
+    if all(before.rate(step) == asked.optimization.rate(step) for step in range(steps_done)):
+        saved = {**saved, "optimization": {**saved["optimization"], "steps": asked.optimization.steps}}
+    differing = [k for k in sorted(saved.keys() | wanted.keys()) if saved.get(k) != wanted.get(k)]
     if differing:
-        said = "; ".join(f"{k} was {saved.get(k)}, is {asked.get(k)}" for k in differing)
+        said = "; ".join(f"{k} was {saved.get(k)}, is {wanted.get(k)}" for k in differing)
         raise ValueError(f"{out} holds a run of another recipe ({said}): give another --out, or the same recipe")
 
 
@@ -234,7 +243,7 @@ def run(recipe: Recipe, out: Path, ranks: Ranks) -> None:
     steps = recipe.optimization.steps
     with Log(out / "log.jsonl", steps, trainer.steps_done, is_shown=ranks.rank == 0) as log:
         while trainer.steps_done < steps:
-            batch = packer.pack(data.step_samples(trainer.steps_done, ranks.rank, ranks.size))
+            batch = packer.pack(data.step_samples(trainer.steps_done, ranks.rank, ranks.size), PACK_MULTIPLE)
             numbers = trainer.step(batch)
             done = trainer.steps_done
             log.advance(done, numbers, len(data.kinds), is_written=done % recipe.log_every == 0 or done == steps)

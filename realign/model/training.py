@@ -20,6 +20,7 @@ from realign.model.bagel import Bagel
 from realign.model.mot import Route
 
 MODES = ("causal", "full", "noise")
+WIDTH_MULTIPLE = 16  # of a bucket: kernels that are prepared for each shape then meet few shapes
 
 
 @dataclass
@@ -124,7 +125,7 @@ class _Bucket:
         self, splits: Sequence[tuple[Sequence[int], Sequence[str]]], starts: list[int], device
     ) -> None:
         lengths = torch.tensor([sum(lens) for lens, _ in splits])
-        width = int(lengths.max())
+        width = -(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         self.shape = (len(splits), width)
         column_W = torch.arange(width)
         valid_BW = column_W < lengths[:, None]

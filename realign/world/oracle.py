@@ -1,9 +1,9 @@
 """Reads a 64x64 picture of the world back into a scene, exactly, and judges it.
 
 Every cell is compared with everything that could stand in it (nothing, or one of the 84 sprites) on each of the six
-backgrounds; the background is the one that explains the whole picture best. A cell that even its best
-explanation misses by more than `MAX_RESIDUAL` is unclear, and a picture with an unclear cell is never all-right:
-noise, blur, half a shape or a shape between two places is an error, not a near miss.
+backgrounds; the background is the one that explains the whole picture best. A cell that its best explanation misses
+by too much is unclear, and a picture with an unclear cell is never all-right: noise, blur, half a shape or
+a shape between two places is an error, not a near miss.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from realign.world.instructions import Instruction, ObjectSpec
 from realign.world.render import CELL, RADII, RGB, SIZE, cell_grounds, cell_window, sprite
 from realign.world.scene import BACKGROUNDS, COLOURS, NUM_CELLS, SHAPES, SIZES, Object, Scene, holds
 
-MAX_RESIDUAL = 0.11  # root mean square over a cell, of a [0, 1] range
+MAX_RESIDUAL = 0.11  # of a cell with an object: root mean square, of a [0, 1] range
+MAX_EMPTY_RESIDUAL = 0.07  # of a cell without one
+MIN_EXPLAINED = 0.5  # share of what sets a cell apart from its background that its object must explain
 EMPTY = 0
 CANDIDATES = tuple((s, c, z) for s in SHAPES for c in COLOURS for z in SIZES)
 
@@ -103,18 +105,25 @@ def _read(batch: np.ndarray) -> list[Reading]:
     chosen = np.take_along_axis(squared, ground[None, :, None, None], axis=2)[:, :, 0]  # [cells, N, 85]
     best = chosen.argmin(-1)
     pixels = templates.shape[-1]
-    residual = np.sqrt(np.maximum(chosen.min(-1), 0) / pixels)
-    return [_reading(ground[i], best[:, i], residual[:, i]) for i in range(len(batch))]
+    squared_best = np.maximum(chosen.min(-1), 0)
+    residual = np.sqrt(squared_best / pixels)
+    is_empty = best == EMPTY
+    explained = 1 - squared_best / np.maximum(chosen[..., EMPTY], 1e-6)
+    unclear = np.where(
+        is_empty, residual > MAX_EMPTY_RESIDUAL, (residual > MAX_RESIDUAL) | (explained < MIN_EXPLAINED)
+    )
+    return [
+        Reading(
+            Scene(BACKGROUNDS[ground[i]], _objects(best[:, i], ~is_empty[:, i] & ~unclear[:, i])),
+            tuple(int(c) for c in np.flatnonzero(unclear[:, i])),
+            float(residual[:, i].max()),
+        )
+        for i in range(len(batch))
+    ]
 
 
-def _reading(ground: int, best: np.ndarray, residual: np.ndarray) -> Reading:
-    objects = []
-    for cell, index in enumerate(best):
-        if index != EMPTY and residual[cell] <= MAX_RESIDUAL:
-            shape, colour, size = CANDIDATES[index - 1]
-            objects.append(Object(cell, shape, colour, size))
-    unclear = tuple(int(c) for c in np.flatnonzero(residual > MAX_RESIDUAL))
-    return Reading(Scene(BACKGROUNDS[ground], tuple(objects)), unclear, float(residual.max()))
+def _objects(best: np.ndarray, is_there: np.ndarray) -> tuple[Object, ...]:
+    return tuple(Object(int(cell), *CANDIDATES[best[cell] - 1]) for cell in np.flatnonzero(is_there))
 
 
 def judge(reading: Reading, instruction: Instruction) -> Verdict:

@@ -8,6 +8,7 @@ of the valid answers, and the IC-CoT, which fixes all that was left open, is the
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import numpy as np
 
@@ -108,6 +109,25 @@ def check_reasoning(iccot: ICCoT, drawn: WorldSample) -> None:
     for number, (relation, reference) in enumerate(zip(iccot.relations, drawn.references, strict=True), 1):
         if relation.strip().lower() != _relation(reference, number):
             raise ValueError(f"relation {number} is wrong: {relation!r}")
+
+
+def num_readings(instruction: Instruction, at_least: int) -> int:
+    """How many captions an instruction admits, counted up to `at_least`: sizes and places that it leaves open."""
+    count = 0
+    options = [_candidates(spec) for spec in instruction.specs]
+    for objects in product(*options):
+        cells = {o.cell for o in objects}
+        count += len(cells) == len(objects) and all(
+            holds(r.relation, objects[r.subject].cell, objects[r.object].cell) for r in instruction.relations
+        )
+        if count >= at_least:
+            break
+    return count
+
+
+def _candidates(spec: ObjectSpec) -> list[Object]:
+    sizes = SIZES if spec.size is None else (spec.size,)
+    return [Object(cell, spec.shape, spec.colour, size) for cell in sorted(spec.cells) for size in sizes]
 
 
 def _relation(reference: Reference, number: int) -> str:

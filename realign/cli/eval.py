@@ -1,0 +1,52 @@
+"""`realign eval world`: measure a model on a benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from realign.cli.console import print_error
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `eval`, its benchmarks and their arguments."""
+    parser = subparsers.add_parser("eval", help="measure a model on a benchmark")
+    benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
+    world = benchmarks.add_parser(
+        "world",
+        help="the procedural world, read by its oracle",
+        description="Draw scenes, answer their prompts with and without reasoning, and let the oracle read the "
+        "pictures. Prints a table, and as its last line one JSON object.",
+    )
+    world.add_argument("--model", default="mini", help="a checkpoint folder, or mini (default)")
+    world.add_argument("--split", default="test", choices=("train", "val", "test"), help="of the scenes (test)")
+    world.add_argument("--num", type=int, default=512, metavar="N", help="scenes a task (512)")
+    world.add_argument("--seed", type=int, default=0, help="of the scenes and the noise (0)")
+    world.add_argument("--steps", type=int, default=25, metavar="N", help="denoising timesteps (25)")
+    world.add_argument("--reasoning", default="both", choices=("none", "ic-cot", "both"), help="(both)")
+    world.add_argument("--device", default="auto", help="such as cpu or cuda (auto)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the benchmark; returns the exit code."""
+    from realign.api import load  # imported late: help is instant
+    from realign.evals.world import WorldOptions, evaluate, format_table
+
+    try:
+        check_arguments(args)
+        options = WorldOptions(args.split, args.num, args.seed, args.steps, args.reasoning)
+        generator = load(args.model, device=args.device)
+    except ValueError as error:
+        print_error(error)
+        return 2
+    result = evaluate(generator, options)
+    print(format_table(result))
+    print(json.dumps(result))
+    return 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for a number that cannot be used."""
+    for name, least in (("num", 1), ("seed", 0), ("steps", 2)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: give at least {least}")
