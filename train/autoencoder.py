@@ -2,9 +2,9 @@
 
     python -m train.autoencoder --out runs/ae --minutes 15
 
-Half the pictures are ordinary scenes, half are dense (up to nine objects: more edges a picture). Loss: L1 + 5 MSE +
-a little KL to N(0, I) (Kingma & Welling, 1312.6114). At the end the latents' mean and deviation over ordinary scenes
-become `shift_factor` and `scale_factor`, as FLUX's are, so that the flow sees unit variance.
+Half the pictures are ordinary scenes, half are dense (up to nine objects: more edges a picture). Loss: L1 + 5
+MSE + a little KL to N(0, I) (Kingma & Welling, 1312.6114). At the end the latents' mean and deviation over
+ordinary scenes become `shift_factor` and `scale_factor`, as FLUX's are, so that the flow sees unit variance.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from realign.model.autoencoder import Autoencoder
 from realign.model.config import AutoencoderConfig
 from realign.world.oracle import judge_caption, read_pictures
 from realign.world.render import render, render_background_reference, render_object_reference
-from realign.world.scene import BACKGROUNDS, Object, Scene, sample_scene
+from realign.world.scene import BACKGROUNDS, Scene, sample_scene
 from train.state import load_optimizer_tensors, load_state, optimizer_tensors, save_state
 
 MINI = AutoencoderConfig(
@@ -68,8 +67,13 @@ def _draw_reference(rng: np.random.Generator) -> np.ndarray:
 
 def to_pixels(pictures: np.ndarray) -> torch.Tensor:
     """uint8 [N, H, W, 3] to float32 [N, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(
-        memory_format=torch.channels_last
+    return (
+        torch.from_numpy(pictures)
+        .permute(0, 3, 1, 2)
+        .float()
+        .div(127.5)
+        .sub(1)
+        .contiguous(memory_format=torch.channels_last)
     )
 
 
@@ -88,7 +92,11 @@ def loss_of(model: Autoencoder, pixels: torch.Tensor, noise: torch.Tensor, recip
         decoded = model.decode(sample)
     error = decoded.float() - pixels
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
-    return error.abs().mean() + recipe.mse_weight * (error**2).mean() + recipe.kl_weight * kl.sum((1, 2, 3)).mean()
+    return (
+        error.abs().mean()
+        + recipe.mse_weight * (error**2).mean()
+        + recipe.kl_weight * kl.sum((1, 2, 3)).mean()
+    )
 
 
 @torch.no_grad()
@@ -122,11 +130,13 @@ def latent_statistics(model: Autoencoder) -> tuple[float, float]:
 
 
 def run(recipe: Recipe, config: AutoencoderConfig, out: Path) -> None:
-    """Trains until `minutes` of training time are used, with checkpoints, and writes ae.safetensors and its config."""
+    """Trains for `minutes` of training time, with checkpoints; writes ae.safetensors and its config."""
     torch.manual_seed(recipe.seed)
     model = Autoencoder(config).to(memory_format=torch.channels_last)
     names = {id(p): n for n, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
+    )
     step, used = 0, 0.0
     if (state := load_state(out)) is not None:
         tensors, numbers = state
@@ -175,7 +185,9 @@ def run(recipe: Recipe, config: AutoencoderConfig, out: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=Recipe.minutes)
     parser.add_argument("--seed", type=int, default=Recipe.seed)

@@ -1,6 +1,7 @@
-"""Makes mini's untrained checkpoint folder: configuration, tokenizer, the trained autoencoder, random weights.
+"""Makes mini's untrained checkpoint folder: configuration, tokenizer, the trained autoencoder, random
+weights.
 
-    python -m train.init_model --autoencoder runs/ae --out runs/start
+python -m train.init_model --autoencoder runs/ae --out runs/start
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def init_model(autoencoder: Path, out: Path, seed: int) -> Bagel:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--autoencoder", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)

@@ -3,9 +3,9 @@
     python -m train.sft train/recipes/mini.toml --out runs/mini
     torchrun --nproc-per-node 2 -m train.sft train/recipes/mini.toml --out runs/mini
 
-BAGEL's recipe (2505.14683, section 4): a packed sequence of text, ViT, clean and noised latent tokens, both losses at
-once. Everything random is a function of (seed, step, slot), and the losses are means over the whole step, so the
-weights do not depend on where a run was killed, and on the number of processes only by rounding.
+BAGEL's recipe (2505.14683, section 4): a packed sequence of text, ViT, clean and noised latent tokens, both
+losses at once. Everything random is a function of (seed, step, slot), and the losses are means over the whole
+step, so the weights do not depend on where a run was killed, and on the number of processes only by rounding.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW, its schedule (linear warm-up, constant, linear decay to zero over the last part) and the average."""
+    """AdamW, its schedule (linear warm-up, constant, linear decay to zero at the end) and the average."""
 
     steps: int
     learning_rate: float
@@ -64,10 +64,12 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run, whole. `start` is the checkpoint folder to begin from (configs and tokenizer, with or without weights).
+    """A run, whole. `start` is the checkpoint folder to begin from (configs and tokenizer, with or without
+    weights).
 
-    `precision` 'bfloat16' is autocast: weights, moments and the average stay float32. `compile` fuses what an expert does
-    before and after attention (torch.compile: some 20 s to begin with, then a fifth off every step on a CPU).
+    `precision` 'bfloat16' is autocast: weights, moments and the average stay float32. `compile` fuses what an
+    expert does before and after attention (torch.compile: some 20 s to begin with, then a fifth off every
+    step on a CPU).
     """
 
     start: str
@@ -137,7 +139,10 @@ class Trainer:
         o = self.recipe.optimization
         matrices = [p for p in self.parameters if p.dim() > 1]
         vectors = [p for p in self.parameters if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": o.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         return torch.optim.AdamW(groups, lr=o.learning_rate, betas=tuple(o.betas), fused=True)
 
     def step(self, batch: PackedBatch) -> dict[str, float]:
@@ -145,7 +150,9 @@ class Trainer:
         o = self.recipe.optimization
         for group in self.optimizer.param_groups:
             group["lr"] = o.rate(self.steps_done)
-        counts = self.ranks.sum(torch.tensor([len(batch.ce_index), len(batch.mse_index)], dtype=torch.float64))
+        counts = self.ranks.sum(
+            torch.tensor([len(batch.ce_index), len(batch.mse_index)], dtype=torch.float64)
+        )
         with self._precision():
             losses = packed_losses(self.model, batch)
         ce = losses.ce.sum() / counts[0].clamp(min=1).float()
@@ -158,7 +165,12 @@ class Trainer:
         self.steps_done += 1
         torch._foreach_lerp_(self.average, self.parameters, 1 - o.average(self.steps_done))
         shared = self.ranks.sum(torch.stack([ce.detach(), mse.detach()]))
-        return {"ce": float(shared[0]), "mse": float(shared[1]), "grad_norm": float(norm), "lr": o.rate(self.steps_done - 1)}
+        return {
+            "ce": float(shared[0]),
+            "mse": float(shared[1]),
+            "grad_norm": float(norm),
+            "lr": o.rate(self.steps_done - 1),
+        }
 
     def _precision(self) -> Any:
         dtype = DTYPES[self.recipe.precision]
@@ -180,7 +192,9 @@ class Trainer:
     def save(self, out: Path, log: dict[str, Any]) -> None:
         """Everything that the next step needs, atomically, under out/checkpoints."""
         tensors = {f"model.{self.names[id(p)]}": p for p in self.parameters}
-        tensors |= {f"average.{self.names[id(p)]}": a for p, a in zip(self.parameters, self.average, strict=True)}
+        tensors |= {
+            f"average.{self.names[id(p)]}": a for p, a in zip(self.parameters, self.average, strict=True)
+        }
         tensors |= optimizer_tensors(self.optimizer, self.names)
         save_state(out / "checkpoints", self.steps_done, tensors, {"recipe": asdict(self.recipe), **log})
 
@@ -214,7 +228,8 @@ class Trainer:
 
 
 def check_same_recipe(saved: dict[str, Any], asked: Recipe, steps_done: int, out: Path) -> None:
-    """Checks that a run can go on under a recipe: only the number of steps may differ, before its decay has begun.
+    """Checks that a run can go on under a recipe: only the number of steps may differ, before its decay has
+    begun.
 
     Raises:
         ValueError: naming what differs.
@@ -226,7 +241,9 @@ def check_same_recipe(saved: dict[str, Any], asked: Recipe, steps_done: int, out
     differing = [k for k in sorted(saved.keys() | wanted.keys()) if saved.get(k) != wanted.get(k)]
     if differing:
         said = "; ".join(f"{k} was {saved.get(k)}, is {wanted.get(k)}" for k in differing)
-        raise ValueError(f"{out} holds a run of another recipe ({said}): give another --out, or the same recipe")
+        raise ValueError(
+            f"{out} holds a run of another recipe ({said}): give another --out, or the same recipe"
+        )
 
 
 def run(recipe: Recipe, out: Path, ranks: Ranks) -> None:
@@ -246,7 +263,9 @@ def run(recipe: Recipe, out: Path, ranks: Ranks) -> None:
             batch = packer.pack(data.step_samples(trainer.steps_done, ranks.rank, ranks.size), PACK_MULTIPLE)
             numbers = trainer.step(batch)
             done = trainer.steps_done
-            log.advance(done, numbers, len(data.kinds), is_written=done % recipe.log_every == 0 or done == steps)
+            log.advance(
+                done, numbers, len(data.kinds), is_written=done % recipe.log_every == 0 or done == steps
+            )
             if ranks.rank == 0 and (done % recipe.checkpoint_every == 0 or done == steps):
                 trainer.save(out, {})
     if ranks.rank == 0:
@@ -305,7 +324,9 @@ class Log:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, help="another number of steps than the recipe's")

@@ -1,8 +1,9 @@
-"""Training state on disk: tensors in safetensors, numbers in JSON, each checkpoint complete or not there at all.
+"""Training state on disk: tensors in safetensors, numbers in JSON, each checkpoint complete or not there at
+all.
 
-A checkpoint is a folder `step-N`. It is written under a temporary name, flushed to disk and renamed, so a kill at
-any moment leaves the last good one. No random state is stored: everything random in training here is a function
-of (seed, step).
+A checkpoint is a folder `step-N`. It is written under a temporary name, flushed to disk and renamed, so a
+kill at any moment leaves the last good one. No random state is stored: everything random in training here is
+a function of (seed, step).
 """
 
 from __future__ import annotations

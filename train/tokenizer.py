@@ -23,7 +23,8 @@ from realign.world.tasks import TASKS, sample
 MIN_FREQUENCY = 10
 # how Qwen2 splits text before merging
 QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 CONFIG = {
     "tokenizer_class": "Qwen2Tokenizer",
@@ -57,7 +58,9 @@ def train_tokenizer(out: Path, num: int) -> int:
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = BpeTrainer(vocab_size=4096, min_frequency=MIN_FREQUENCY, initial_alphabet=alphabet, show_progress=False)
+    trainer = BpeTrainer(
+        vocab_size=4096, min_frequency=MIN_FREQUENCY, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(world_sentences(num), trainer)
     model = json.loads(tokenizer.to_str())["model"]
     vocab = model["vocab"] | {"<|endoftext|>": len(model["vocab"])}
@@ -71,7 +74,9 @@ def train_tokenizer(out: Path, num: int) -> int:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--num", type=int, default=3000, help="samples a task")
     args = parser.parse_args()

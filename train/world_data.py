@@ -1,7 +1,8 @@
-"""The world as training data: turns of every task and mode in fixed proportions, a function of (seed, step, slot).
+"""The world as training data: turns of every task and mode in fixed proportions, a function of (seed, step,
+slot).
 
-Scenes are encoded once, before training, into a pool of latents (a scene's picture never changes); instructions,
-references' order, open choices and IC-CoTs are drawn anew for every sample.
+Scenes are encoded once, before training, into a pool of latents (a scene's picture never changes);
+instructions, references' order, open choices and IC-CoTs are drawn anew for every sample.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ ENCODE_BATCH = 128
 
 @dataclass(frozen=True)
 class Mixture:
-    """How many samples of each (task, reasoning mode) a step holds, and how often guidance's conditions are dropped.
+    """How many samples of each (task, reasoning mode) a step holds, and how often guidance's conditions are
+    dropped.
 
     Attributes:
         counts: samples a step, keyed "task/mode".
         text_dropout: probability that the instruction and the reasoning are left out.
-        image_dropout: probability that the references and the reasoning are left out (text-to-image: nothing to drop).
+        image_dropout: probability that the references and the reasoning are left out (text-to-image: nothing
+            to drop).
         num_scenes: size of each pool of scenes.
         timestep_shift: of the logit-normal times.
     """
@@ -99,7 +102,9 @@ def encode_pictures(model: Bagel, pictures: np.ndarray) -> Tensor:
     """uint8 [N, H, W, 3] to patchified latents [N, G, C], float32."""
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     latents = model.autoencoder.encode(pixels.contiguous(memory_format=torch.channels_last))
-    return torch.stack([patchify_latent(latent.float(), model.config.latent_patch_size) for latent in latents])
+    return torch.stack(
+        [patchify_latent(latent.float(), model.config.latent_patch_size) for latent in latents]
+    )
 
 
 class WorldData:
@@ -122,7 +127,9 @@ class WorldData:
         drawn = sample(task, index, self.seed, num_scenes=self.mixture.num_scenes)
         drop = rng.random()
         drop_text = drop < self.mixture.text_dropout
-        drop_images = not drop_text and drop < self.mixture.text_dropout + self.mixture.image_dropout and task != "t2i"
+        drop_images = (
+            not drop_text and drop < self.mixture.text_dropout + self.mixture.image_dropout and task != "t2i"
+        )
         turns: list[Turn] = []
         if system := SYSTEM_TEXTS.get(mode):
             turns.append(self._text(system))
@@ -155,10 +162,14 @@ class WorldData:
         return [latent_turn, ViTTurn(patches, positions)]
 
     def _positions(self, side: int, stride: int, max_per_side: int) -> Tensor:
-        return flattened_position_ids(side // stride, side // stride, max_per_side, self.model.config.interpolate_pos)
+        return flattened_position_ids(
+            side // stride, side // stride, max_per_side, self.model.config.interpolate_pos
+        )
 
     def _encode_reference(self, look: Object | str) -> Tensor:
-        picture = render_background_reference(look) if isinstance(look, str) else render_object_reference(look)
+        picture = (
+            render_background_reference(look) if isinstance(look, str) else render_object_reference(look)
+        )
         return encode_pictures(self.model, picture[None])[0]
 
     def _target(self, latent: Tensor, rng: np.random.Generator) -> LatentTurn:
@@ -174,4 +185,3 @@ class WorldData:
 def _look(shows: Object | str) -> Object | str:
     """What a reference picture depends on: of an object, neither its place nor its size."""
     return shows if isinstance(shows, str) else replace(shows, cell=0, size=SIZES[0])
-

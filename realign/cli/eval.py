@@ -15,11 +15,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     world = benchmarks.add_parser(
         "world",
         help="the procedural world, read by its oracle",
-        description="Draw scenes, answer their prompts with and without reasoning, and let the oracle read the "
-        "pictures. Prints a table, and as its last line one JSON object.",
+        description="Draw scenes, answer their prompts with and without reasoning, and let the oracle read "
+        "the pictures. Prints a table, and as its last line one JSON object.",
     )
     world.add_argument("--model", default="mini", help="a checkpoint folder, or mini (default)")
-    world.add_argument("--split", default="test", choices=("train", "val", "test"), help="of the scenes (test)")
+    world.add_argument(
+        "--split", default="test", choices=("train", "val", "test"), help="of the scenes (test)"
+    )
     world.add_argument("--num", type=int, default=512, metavar="N", help="scenes a task (512)")
     world.add_argument("--seed", type=int, default=0, help="of the scenes and the noise (0)")
     world.add_argument("--steps", type=int, default=25, metavar="N", help="denoising timesteps (25)")

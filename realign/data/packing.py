@@ -1,8 +1,9 @@
-"""Packs samples of text and picture turns into one sequence, as BAGEL trains on them (2505.14683, section 2.3).
+"""Packs samples of text and picture turns into one sequence, as BAGEL trains on them (2505.14683, section
+2.3).
 
-A text turn is bos + ids + eos with running positions; a picture turn is start-of-image + tokens + end-of-image, all at
-one position. A turn with a loss is what the model must produce: text predicts its next tokens, a noised picture
-its velocity.
+A text turn is bos + ids + eos with running positions; a picture turn is start-of-image + tokens +
+end-of-image, all at one position. A turn with a loss is what the model must produce: text predicts its next
+tokens, a noised picture its velocity.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class ViTTurn:
 
 @dataclass(frozen=True)
 class LatentTurn:
-    """A picture's latents [G, C] and positions [G]: clean, or with `noise` [G, C] to be mixed in at `timestep`."""
+    """A picture's latents [G, C] and positions [G]: clean, or with `noise` [G, C] to mix in at `timestep`."""
 
     latent: Tensor
     position: Tensor
@@ -57,7 +58,8 @@ class Packer:
     def pack(self, samples: Sequence[Sequence[Turn]], multiple: int = 1) -> PackedBatch:
         """One packed batch of samples, each a list of turns; a noised picture is a sample's last turn.
 
-        `multiple` rounds up the number of understanding tokens with a last sample that has no loss: kernels that are
+        `multiple` rounds up the number of understanding tokens with a last sample that has no loss: kernels
+            that are
         prepared for each shape then meet few shapes.
         """
         layout = _Layout(self.tokenizer)

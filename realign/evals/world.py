@@ -1,8 +1,9 @@
-"""The world benchmark: how often a model's pictures, and its reasoning, are right, as the world's oracle reads them.
+"""The world benchmark: how often a model's pictures, and its reasoning, are right, as the world's oracle
+reads them.
 
-Every task is measured on the same drawn scenes with and without reasoning (paired: same prompt, same noise). A picture
-is all-right if every object has every wanted attribute and place, every relation holds, nothing is there that should
-not be, the background is right, and what had to stay stayed.
+Every task is measured on the same drawn scenes with and without reasoning (paired: same prompt, same noise).
+A picture is all-right if every object has every wanted attribute and place, every relation holds, nothing is
+there that should not be, the background is right, and what had to stay stayed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class WorldOptions:
-    """What is measured: `num` scenes a task of `split`, drawn from `seed`; `reasoning` 'none', 'ic-cot' or 'both'."""
+    """What is measured: `num` scenes a task of `split` from `seed`; `reasoning` none, ic-cot or both."""
 
     split: str = "test"
     num: int = 512
@@ -49,7 +50,7 @@ class WorldOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One picture: the oracle's verdict, and of its reasoning whether it is correct and the picture shows its caption."""
+    """The oracle's verdict on a picture; of its reasoning, if it is correct and if the picture shows it."""
 
     verdict: Verdict
     reasoning_correct: bool | None
@@ -59,9 +60,11 @@ class Outcome:
 def evaluate(generator: Generator, options: WorldOptions) -> dict[str, Any]:
     """Runs the benchmark.
 
-    Returns: `{"t2i": R, "in_context": {"none": R, "ic-cot": R}, "edit": {..}, "reasoning_correct": p, "distinct_chains": d,
-        "margin": {task: {"all_right": p, "se": s}}}`, where R is `{"all_right", "se", "n", "objects", "background"}`, of
-        edits "preserved" too, of reasoning "reasoning_correct" and "shows_caption". What was not asked for is absent.
+    Returns: `{"t2i": R, "in_context": {"none": R, "ic-cot": R}, "edit": {..}, "reasoning_correct": p,
+    "distinct_chains": d,
+        "margin": {task: {"all_right": p, "se": s}}}`, where R is `{"all_right", "se", "n", "objects",
+        "background"}`, of edits "preserved" too, of reasoning "reasoning_correct" and "shows_caption". What
+        was not asked for is absent.
     """
     wanted = ("none", "ic-cot") if options.reasoning == "both" else (options.reasoning,)
     result: dict[str, Any] = {}
@@ -89,12 +92,16 @@ def build_request(drawn: WorldSample, name: str, settings: Settings, seed: int) 
 
 
 def count_distinct_chains(generator: Generator, options: WorldOptions) -> float:
-    """Mean number of different texts among 12 chains written at temperature 1, over prompts that leave much open."""
+    """Mean number of different texts among 12 chains at temperature 1, over prompts that leave much open."""
     text = TextSettings(256, temperature=1.0)
-    settings = replace(options.settings("ic-cot"), text=text, num_timesteps=2, guidance=GuidanceSettings(1.0, 1.0))
+    settings = replace(
+        options.settings("ic-cot"), text=text, num_timesteps=2, guidance=GuidanceSettings(1.0, 1.0)
+    )
     requests = []
     for number, drawn in enumerate(_open_prompts(options)):
-        requests += [build_request(drawn, f"chains/{number}/{i}", settings, options.seed) for i in range(CHAINS)]
+        requests += [
+            build_request(drawn, f"chains/{number}/{i}", settings, options.seed) for i in range(CHAINS)
+        ]
     texts = [made.reasoning.text for made in _run(generator, requests)]
     groups = [texts[start : start + CHAINS] for start in range(0, len(texts), CHAINS)]
     return float(np.mean([len(set(group)) for group in groups]))
@@ -178,13 +185,18 @@ def _margin(better: Sequence[Outcome], base: Sequence[Outcome]) -> dict[str, flo
     """Mean and standard error of the paired difference in all-right."""
     pairs = zip(better, base, strict=True)
     gain = np.asarray([float(b.verdict.all_right) - float(a.verdict.all_right) for b, a in pairs])
-    return {"all_right": round(float(gain.mean()), 4), "se": round(float(gain.std() / math.sqrt(len(gain))), 4)}
+    return {
+        "all_right": round(float(gain.mean()), 4),
+        "se": round(float(gain.std() / math.sqrt(len(gain))), 4),
+    }
 
 
 def format_table(result: dict[str, Any]) -> str:
     """The result for people: a line a task and mode, shares with their standard errors."""
     columns = ("objects", "background", "preserved", "reasoning_correct", "shows_caption")
-    header = f"{'task':<12}{'reasoning':<11}{'n':>5}  {'all-right':<16}" + "".join(f"{c:>19}" for c in columns)
+    header = f"{'task':<12}{'reasoning':<11}{'n':>5}  {'all-right':<16}" + "".join(
+        f"{c:>19}" for c in columns
+    )
     lines = [header]
     for task in MODES:
         if task not in result:

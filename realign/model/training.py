@@ -1,10 +1,11 @@
-"""The packed training forward: text, ViT, clean-latent and noised-latent tokens of many samples in one sequence.
+"""The packed training forward: text, ViT, clean-latent and noised-latent tokens of many samples in one
+sequence.
 
 L packed tokens, T text tokens, P patch numbers, C latent channels of a token, M tokens with a flow loss,
 N tokens with a text loss, B samples of a bucket, W its padded length, H heads, K key-value heads, D head dim.
 
-Attention follows BAGEL (2505.14683, section 2.2; `create_sparse_mask` of its code): text is causal, a picture sees itself whole,
-and a picture that is being noised is seen by nothing but itself.
+Attention follows BAGEL (2505.14683, section 2.2; `create_sparse_mask` of its code): text is causal, a picture
+sees itself whole, and a picture that is being noised is seen by nothing but itself.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class PackedLosses:
 
 
 def packed_losses(model: Bagel, batch: PackedBatch) -> PackedLosses:
-    """Cross-entropy of the next text token and (v_theta - (noise - latent))^2 at x_t = (1-t) latent + t noise."""
+    """Cross-entropy of next text tokens, and (v - (noise - latent))^2 at x_t = (1-t) latent + t noise."""
     time_G1 = batch.timestep[:, None]
     noised_GC = (1 - time_G1) * batch.latent + time_G1 * batch.noise
     text_TE = model.embed_text(batch.text_ids)
@@ -90,10 +91,11 @@ def packed_losses(model: Bagel, batch: PackedBatch) -> PackedLosses:
 
 
 class BucketedAttention:
-    """`attend` of the training forward: samples of like length are padded together and attended to under BAGEL's mask.
+    """`attend` of the training forward: samples of like length are padded together and attended to under
+    BAGEL's mask.
 
-    Written out as softmax(q k^T + mask) v: on a CPU its backward is twice as fast as the fused op's at these lengths,
-    and padding to buckets (each at most `SLACK` longer than its shortest sample) wastes little.
+    Written out as softmax(q k^T + mask) v: on a CPU its backward is twice as fast as the fused op's at these
+    lengths, and padding to buckets (each at most `SLACK` longer than its shortest sample) wastes little.
     """
 
     SLACK = 1.35
@@ -150,7 +152,9 @@ class _Bucket:
             taken = tensor.to(value_LKD.dtype).index_select(0, self.padded_index)
             return taken.view(batch, width, tensor.shape[1], dim).transpose(1, 2)
 
-        with torch.autocast(value_LKD.device.type, enabled=False):  # it would make the softmax, the widest part, float32
+        with torch.autocast(
+            value_LKD.device.type, enabled=False
+        ):  # it would make the softmax, the widest part, float32
             query = padded(query_LHD * dim**-0.5).reshape(batch, kv_heads, groups * width, dim)
             key, value = padded(key_LKD), padded(value_LKD)
             scores = (query @ key.transpose(-1, -2)).view(batch, kv_heads, groups, width, width)

@@ -1,4 +1,4 @@
-"""What an instruction of the world asks for: wanted objects with attributes left open or fixed, and relations."""
+"""What an instruction asks for: wanted objects, their attributes fixed or left open, and relations."""
 
 from __future__ import annotations
 

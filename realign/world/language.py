@@ -37,7 +37,8 @@ def read_caption(text: str) -> Scene:
     """
     lowered = text.lower()
     objects = tuple(
-        Object(PLACES.index(place), shape, colour, size) for size, colour, shape, place in _OBJECT.findall(lowered)
+        Object(PLACES.index(place), shape, colour, size)
+        for size, colour, shape, place in _OBJECT.findall(lowered)
     )
     grounds = _BACKGROUND.findall(lowered)
     if not objects:

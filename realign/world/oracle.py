@@ -1,9 +1,9 @@
 """Reads a 64x64 picture of the world back into a scene, exactly, and judges it.
 
-Every cell is compared with everything that could stand in it (nothing, or one of the 84 sprites) on each of the six
-backgrounds; the background is the one that explains the whole picture best. A cell that its best explanation misses
-by too much is unclear, and a picture with an unclear cell is never all-right: noise, blur, half a shape or
-a shape between two places is an error, not a near miss.
+Every cell is compared with everything that could stand in it (nothing, or one of the 84 sprites) on each of
+the six backgrounds; the background is the one that explains the whole picture best. A cell that its best
+explanation misses by too much is unclear, and a picture with an unclear cell is never all-right: noise, blur,
+half a shape or a shape between two places is an error, not a near miss.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def read_pictures(pictures: Sequence[np.ndarray] | np.ndarray) -> list[Reading]:
     if batch.size == 0:
         return []
     if batch.dtype != np.uint8 or batch.shape[1:] != (SIZE, SIZE, 3):
-        raise ValueError(f"the oracle reads uint8 pictures of [N, 64, 64, 3], not {batch.dtype} {batch.shape}")
+        raise ValueError(
+            f"the oracle reads uint8 pictures of [N, 64, 64, 3], not {batch.dtype} {batch.shape}"
+        )
     return [r for start in range(0, len(batch), 256) for r in _read(batch[start : start + 256])]
 
 

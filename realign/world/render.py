@@ -1,7 +1,8 @@
 """Draws the world: scenes at 64x64, reference pictures (one object, or a background alone) at 32x32.
 
 Sprites are supersampled once and pasted at the centres of the nine cells, so drawing a scene is a few small
-array products. Shapes keep their distance from one another in area and outline, colours from every background.
+array products. Shapes keep their distance from one another in area and outline, colours from every
+background.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def render_object_reference(thing: Object) -> np.ndarray:
-    """An object alone on grey, always at the same size (its size is the instruction's to say). uint8 [32, 32, 3]."""
+    """An object alone on grey, always of one size (that is the instruction's to say). uint8 [32, 32, 3]."""
     ground = np.full((REFERENCE_SIZE, REFERENCE_SIZE, 3), REFERENCE_GROUND, np.float32)
     picture = _paste(ground, thing.colour, sprite(thing.shape, REFERENCE_RADIUS, REFERENCE_SIZE))
     return np.rint(picture).astype(np.uint8)

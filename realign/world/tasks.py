@@ -1,8 +1,10 @@
-"""Draws the world's samples: text-to-image, in-context generation, editing; each a prompt with what it allows.
+"""Draws the world's samples: text-to-image, in-context generation, editing; each a prompt with what it
+allows.
 
-A sample is a function of (seed, split, index). The target is drawn first; the instruction then names some of what it
-shows and leaves the rest open; the references, the IC-CoT and the oracle's `Instruction` follow. So the target is one
-of the valid answers, and the IC-CoT, which fixes all that was left open, is the one that leads to it.
+A sample is a function of (seed, split, index). The target is drawn first; the instruction then names some of
+what it shows and leaves the rest open; the references, the IC-CoT and the oracle's `Instruction` follow. So
+the target is one of the valid answers, and the IC-CoT, which fixes all that was left open, is the one that
+leads to it.
 """
 
 from __future__ import annotations
@@ -74,8 +76,8 @@ def sample(
 ) -> WorldSample:
     """Draws sample `index` of a task; equal arguments give equal samples.
 
-    With `num_scenes`, pictures repeat after so many indexes (their latents can then be kept), and all that is said of
-    them is drawn anew (of an edit, which is its picture's, it repeats too).
+    With `num_scenes`, pictures repeat after so many indexes (their latents can then be kept), and all that is
+    said of them is drawn anew (of an edit, which is its picture's, it repeats too).
 
     Raises:
         ValueError: an unknown task or split.
@@ -112,7 +114,7 @@ def check_reasoning(iccot: ICCoT, drawn: WorldSample) -> None:
 
 
 def num_readings(instruction: Instruction, at_least: int) -> int:
-    """How many captions an instruction admits, counted up to `at_least`: sizes and places that it leaves open."""
+    """How many captions an instruction admits (sizes and places left open), counted up to `at_least`."""
     count = 0
     options = [_candidates(spec) for spec in instruction.specs]
     for objects in product(*options):
@@ -324,7 +326,9 @@ def _change_background(rng: np.random.Generator, source: Scene) -> WorldSample:
     references, ground = [], f"a {new} background"
     if rng.random() < 0.5:
         references, ground = [Reference(render_background_reference(new), new)], "the background of image 2"
-    text = f"{_pick(rng, ('put image 1 on', 'change the background of image 1 to', 'move image 1 to'))} {ground}"
+    text = (
+        f"{_pick(rng, ('put image 1 on', 'change the background of image 1 to', 'move image 1 to'))} {ground}"
+    )
     instruction = Instruction(new, _kept(source), (), source, changes_background=True)
     return _edited(source, text, references, instruction, Scene(new, source.objects))
 

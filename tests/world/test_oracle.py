@@ -70,15 +70,21 @@ def test_one_wrong_attribute_is_wrong() -> None:
 
 def test_verdicts_say_what_is_wrong() -> None:
     red, blue = Object(0, "circle", "red", "large"), Object(8, "ring", "blue", "small")
-    wanted = Instruction("fog", (ObjectSpec("circle", "red"), ObjectSpec("ring", "blue")), (Relation(0, "above", 1),))
+    wanted = Instruction(
+        "fog", (ObjectSpec("circle", "red"), ObjectSpec("ring", "blue")), (Relation(0, "above", 1),)
+    )
     assert judge(read(Scene("fog", (red, blue))), wanted).all_right
     recoloured = judge(read(Scene("fog", (red, replace(blue, colour="pink")))), wanted)
     assert (recoloured.objects, recoloured.colours, recoloured.count) == (0.5, 0.5, True)
     upside_down = judge(read(Scene("fog", (replace(red, cell=8), replace(blue, cell=0)))), wanted)
-    assert upside_down.objects == 1 and not upside_down.relations and not upside_down.all_right
+    assert upside_down.objects == 1
+    assert not upside_down.relations
+    assert not upside_down.all_right
     assert not judge(read(Scene("snow", (red, blue))), wanted).background
     crowded = judge(read(Scene("fog", (red, blue, Object(4, "bar", "green", "large")))), wanted)
-    assert crowded.objects == 1 and not crowded.count and not crowded.all_right
+    assert crowded.objects == 1
+    assert not crowded.count
+    assert not crowded.all_right
 
 
 def test_an_edit_must_keep_what_it_was_not_asked_to_change() -> None:
@@ -91,9 +97,12 @@ def test_an_edit_must_keep_what_it_was_not_asked_to_change() -> None:
             continue
         found += 1
         moved = replace(kept[0], size=SIZES[1 - SIZES.index(kept[0].size)])
-        broken = Scene(drawn.target.background, tuple(moved if o == kept[0] else o for o in drawn.target.objects))
+        broken = Scene(
+            drawn.target.background, tuple(moved if o == kept[0] else o for o in drawn.target.objects)
+        )
         verdict = judge(read(broken), drawn.instruction)
-        assert verdict.preserved is False and not verdict.all_right
+        assert verdict.preserved is False
+        assert not verdict.all_right
     assert found > 80
 
 

@@ -25,13 +25,18 @@ from realign.world.tasks import TASKS, sample
 
 
 def test_the_world_is_large_enough() -> None:
-    assert len(SHAPES) >= 6 and len(COLOURS) >= 7 and len(SIZES) >= 2 and len(BACKGROUNDS) >= 6
+    assert len(SHAPES) >= 6
+    assert len(COLOURS) >= 7
+    assert len(SIZES) >= 2
+    assert len(BACKGROUNDS) >= 6
 
 
 def test_a_scene_does_not_depend_on_the_order_of_its_objects() -> None:
     star, ring = Object(4, "bar", "red", "small"), Object(0, "ring", "blue", "large")
     one, other = Scene("snow", (star, ring)), Scene("snow", (ring, star))
-    assert one == other and one.key == other.key and one.split == other.split
+    assert one == other
+    assert one.key == other.key
+    assert one.split == other.split
 
 
 def test_splits_are_a_function_of_the_scene_and_have_their_shares() -> None:
@@ -50,7 +55,9 @@ def test_scenes_of_different_splits_never_meet(task: str) -> None:
         scenes = [d.target for d in drawn] + [d.instruction.source for d in drawn if d.instruction.source]
         assert all(scene.split == split for scene in scenes)
         seen[split] = {scene.key for scene in scenes}
-    assert not seen["train"] & seen["val"] and not seen["train"] & seen["test"] and not seen["val"] & seen["test"]
+    assert not seen["train"] & seen["val"]
+    assert not seen["train"] & seen["test"]
+    assert not seen["val"] & seen["test"]
 
 
 def test_different_scenes_are_different_pictures() -> None:
@@ -66,4 +73,6 @@ def test_relations_are_strict_and_opposite() -> None:
             assert not holds(relation, cell, cell)
             for other in range(NUM_CELLS):
                 assert holds(relation, cell, other) == holds(opposite[relation], other, cell)
-    assert holds("left of", 3, 8) and holds("above", 1, 8) and not holds("above", 3, 5)
+    assert holds("left of", 3, 8)
+    assert holds("above", 1, 8)
+    assert not holds("above", 3, 5)

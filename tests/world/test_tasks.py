@@ -30,7 +30,9 @@ def test_the_reasoning_is_a_valid_reading_that_leads_to_the_target(task: str) ->
 def test_samples_are_functions_of_their_arguments(task: str) -> None:
     one, again = sample(task, 7, seed=3, split="val"), sample(task, 7, seed=3, split="val")
     assert (one.text, one.iccot, one.target) == (again.text, again.iccot, again.target)
-    assert all(np.array_equal(a.picture, b.picture) for a, b in zip(one.references, again.references, strict=True))
+    assert all(
+        np.array_equal(a.picture, b.picture) for a, b in zip(one.references, again.references, strict=True)
+    )
     assert sample(task, 8, seed=3, split="val").target != one.target
 
 
