@@ -8,9 +8,7 @@ largest value of the recorded tensor, so that a tolerance means the same for eve
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,9 +17,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from realign.evals.golden import Record, parse_part, read_cases, read_tensors
 from realign.model.bagel import Bagel, patchify_latent
 from realign.model.config import ResizeRule
 from realign.model.embeddings import flattened_position_ids
@@ -77,11 +75,11 @@ class Tolerances:
     is_exact: bool
 
 
-# float32 is the promise. In bfloat16 every rounding is up to 0.004: the bounds are about three times the
-# largest errors measured on bagel-tiny on a CPU (0.020, 0.034, 7 levels, 0.025).
+# float32 is the promise. In bfloat16 every rounding is up to 0.004: the bounds are about twice the largest
+# errors measured on a CPU, on bagel-tiny and two folders of other sizes (0.045, 0.047, 13 levels, 0.041).
 TOLERANCES = {
     torch.float32: Tolerances(1e-4, 1e-4, 1.0, 1e-4, is_exact=True),
-    torch.bfloat16: Tolerances(0.06, 0.1, 24.0, 0.08, is_exact=False),
+    torch.bfloat16: Tolerances(0.1, 0.1, 24.0, 0.1, is_exact=False),
 }
 
 
@@ -109,13 +107,6 @@ def check_golden(
     return [result for name in golden.groups() for result in golden.check(name)]
 
 
-class _Record(dict):
-    """A JSON object of cases.json; a field that is missing is the folder's fault."""
-
-    def __missing__(self, key: str) -> Any:
-        raise ValueError(f"cases.json: the field {key!r} is missing, beside {', '.join(self) or 'nothing'}")
-
-
 class Golden:
     """A golden folder, and its model on a device in a dtype."""
 
@@ -126,9 +117,9 @@ class Golden:
             raise ValueError(f"no tolerances for {dtype}: must be one of {', '.join(map(str, TOLERANCES))}")
         self.folder, self.device, self.dtype = Path(folder), torch.device(device), dtype
         self.tolerances = TOLERANCES[dtype]
-        self.file = _read_cases(self.folder / "cases.json")
-        self.cases: _Record = self.file["cases"]
-        self.tensors = _read_tensors(self.folder / "cases.safetensors")
+        self.file = read_cases(self.folder / "cases.json")
+        self.cases: Record = self.file["cases"]
+        self.tensors = read_tensors(self.folder / "cases.safetensors")
         self._contexts: dict[str, Context] = {}
 
     def groups(self) -> list[str]:
@@ -239,7 +230,7 @@ class Golden:
                 results.append(self._compare_image(f"{name}.image", image))
         return results
 
-    def _flow_job(self, flow: _Record, case: _Record) -> DenoiseJob:
+    def _flow_job(self, flow: Record, case: Record) -> DenoiseJob:
         scales = {
             "conditional": 1.0,
             "text_unconditional": case["cfg_text_scale"],
@@ -364,7 +355,7 @@ class Golden:
     def _layout(self, name: str) -> list[tuple[str, int, list[str]]]:
         """(text | image, number, views) of each part; `no_text` lacks the last text, `no_image` images."""
         layout = self.cases[name].get("layout") or self.cases["context.full"]["layout"]
-        parts = [_parse_part(part) for part in layout]
+        parts = [parse_part(part) for part in layout]
         if "layout" in self.cases[name]:
             return parts
         if name.endswith("no_image"):
@@ -383,7 +374,7 @@ class Golden:
         return context
 
     def _part(self, name: str) -> TextPart | ImagePart:
-        kind, number, _ = _parse_part(name)
+        kind, number, _ = parse_part(name)
         return TextPart(self.file["texts"][number]) if kind == "text" else ImagePart(self.images[number])
 
     def _names(self, prefix: str) -> list[str]:
@@ -418,37 +409,7 @@ class Golden:
         return float((ours.cpu().double() - golden).abs().max() / (scale if scale > 0 else 1.0))
 
 
-def _read_cases(path: Path) -> _Record:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_Record)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}): name a golden folder") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: broken JSON: {error}") from None
-    if not isinstance(content, _Record):
-        raise ValueError(f"{path}: must be a JSON object")
-    return content
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file: name a golden folder")
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a safetensors file: {error}") from None
-
-
-def _parse_part(text: str) -> tuple[str, int, list[str]]:
-    """'text:0', 'image:1' or 'image:1(vae,vit)'."""
-    match = re.fullmatch(r"(text|image):(\d+)(?:\((\w+(?:,\w+)*)\))?", text)
-    if match is None:
-        raise ValueError(f"cases.json: the part {text!r} must be as 'text:0' or 'image:0(vae,vit)'")
-    return match.group(1), int(match.group(2)), (match.group(3) or "vae,vit").split(",")
-
-
-def _guidance(case: _Record) -> GuidanceSettings:
+def _guidance(case: Record) -> GuidanceSettings:
     """Guidance of a case; what it does not say is the reference's default."""
     return GuidanceSettings(
         text_scale=case["cfg_text_scale"],

@@ -19,21 +19,13 @@ from torch import Tensor
 from realign.model.bagel import Bagel, unpatchify_latent
 from realign.model.config import BagelConfig
 from realign.runtime.attention import pack_rows
-from realign.runtime.context import (
-    MAX_ENCODE_PIXELS,
-    Block,
-    Context,
-    build_text_block,
-    build_vae_blocks,
-    build_vit_blocks,
-    extend,
-)
+from realign.runtime.context import MAX_ENCODE_PIXELS, Context
 from realign.runtime.guidance import Branch
 from realign.runtime.noise import NoiseKey
 from realign.runtime.prepare import PreparedPicture, fit_picture, to_picture
+from realign.runtime.reader import Reader, Reading
 from realign.runtime.request import (
     ImagePart,
-    Part,
     Prompt,
     Reasoning,
     Request,
@@ -64,14 +56,6 @@ __all__ = [
     "Trajectory",
     "Write",
 ]
-
-
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """Parts to read, after what `start` has read."""
-
-    parts: tuple[Part, ...]
-    start: Context = Context()  # noqa: RUF009 (immutable)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,12 +166,11 @@ class _Session:
 
 
 class _Batch:
-    """The requests of one run; while it lives, identities can stand for pictures and contexts."""
+    """The requests of one run."""
 
     def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
         self.engine, self.model = engine, engine.model
-        self.pictures: dict[int, tuple[Image.Image, PreparedPicture]] = {}
-        self.blocks: dict[tuple[str, str | int], Block] = {}
+        self.reader = Reader(engine.model, engine.prepare, engine.max_tokens)
         sizes = [self._picture_size(request) for request in requests]
         for request, size in zip(requests, sizes, strict=True):
             engine.check(request, size)
@@ -207,41 +190,9 @@ class _Batch:
         return [session.sample for session in self.sessions]
 
     def _read(self, sessions: Sequence[_Session]) -> list[list[Context]]:
-        """Block by block; what several readings have in common is read once."""
-        readings = [reading for session in sessions for reading in session.waiting.readings]
-        names = [[name for part in reading.parts for name in self._block_names(part)] for reading in readings]
-        self._build_blocks(dict.fromkeys(name for own in names for name in own))
-        contexts = [reading.start for reading in readings]
-        for depth in range(max((len(own) for own in names), default=0)):
-            going_on = [index for index, own in enumerate(names) if depth < len(own)]
-            wanted = {index: (contexts[index], names[index][depth]) for index in going_on}
-            reached = self._extend(list(dict.fromkeys(wanted.values())))
-            contexts = [reached[wanted[i]] if i in wanted else context for i, context in enumerate(contexts)]
-        results = iter(contexts)
-        return [[next(results) for _ in session.waiting.readings] for session in sessions]
-
-    def _extend(self, steps: Sequence[tuple[Context, tuple[str, str | int]]]) -> dict[Any, Context]:
-        """Extend each context by its block, in parts that fit the memory bound."""
-        lengths = [context.length + self.blocks[name].length for context, name in steps]
-        reached = {}
-        for pack in pack_rows(lengths, self.engine.max_tokens):
-            contexts, names = zip(*(steps[row] for row in pack), strict=True)
-            extended = extend(self.model, contexts, [self.blocks[name] for name in names])
-            reached.update(zip((steps[row] for row in pack), extended, strict=True))
-        return reached
-
-    def _block_names(self, part: Part) -> list[tuple[str, str | int]]:
-        """What a part is read as: a text turn, or a picture's latents and then its ViT features."""
-        if isinstance(part, TextPart):
-            return [("text", part.text)]
-        self._prepare(part.image)
-        return [("vae", id(part.image)), ("vit", id(part.image))]
-
-    def _prepare(self, image: Image.Image) -> PreparedPicture:
-        if id(image) not in self.pictures:
-            # The picture is kept with what was made of it: its id stays its own.
-            self.pictures[id(image)] = image, self.engine.prepare(image, self.model.config)
-        return self.pictures[id(image)][1]
+        readings = [session.waiting.readings for session in sessions]
+        contexts = iter(self.reader.read([reading for own in readings for reading in own]))
+        return [[next(contexts) for _ in own] for own in readings]
 
     def _picture_size(self, request: Request) -> tuple[int, int]:
         """The settings', or that of the last reference picture as the model sees it, or the model's own."""
@@ -250,17 +201,8 @@ class _Batch:
             return settings.height, settings.width
         if not (request.prompt.pictures and config.size_follows_picture):
             return config.default_image_size
-        prepared = self._prepare(request.prompt.pictures[-1])
+        prepared = self.reader.prepare(request.prompt.pictures[-1])
         return prepared.height, prepared.width
-
-    def _build_blocks(self, names: Mapping[tuple[str, str | int], None]) -> None:
-        """Encode every text and picture that was not met before; pictures in batches."""
-        new = [name for name in names if name not in self.blocks]
-        self.blocks.update({name: build_text_block(self.model, name[1]) for name in new if name[0] == "text"})
-        for kind, build in (("vae", build_vae_blocks), ("vit", build_vit_blocks)):
-            own = [name for name in new if name[0] == kind]
-            pixels = [getattr(self.pictures[number][1], f"{kind}_CHW") for _, number in own]
-            self.blocks.update(zip(own, build(self.model, pixels), strict=True))
 
     def _write(self, sessions: Sequence[_Session]) -> list[TextTurn]:
         contexts = [session.waiting.context for session in sessions]

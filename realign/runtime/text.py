@@ -107,24 +107,24 @@ class TextDecoder:
 
 
 def choose_tokens(logits_RV: Tensor, temperature_R: Tensor, top_p_R: Tensor, uniform_R: Tensor) -> Tensor:
-    """The next token of each row, int64 [R] on the CPU.
+    """The next token of each row, int64 [R], on the device of the scores (the other numbers are on the CPU).
 
     Temperature 0 takes the largest score. Else the inverse of the cumulative distribution, tokens in the
     order of their ids, at the row's uniform number; with top_p < 1 over the fewest tokens whose probabilities
     reach it.
     """
-    greedy_R = logits_RV.argmax(dim=-1).cpu()
+    greedy_R = logits_RV.argmax(dim=-1)
     rows = temperature_R.nonzero()[:, 0]
     if not len(rows):
         return greedy_R
-    logits_RV = logits_RV.cpu()[rows].double()
-    weight_RV = torch.softmax(logits_RV / temperature_R[rows, None].double(), dim=-1)
+    device = logits_RV.device
+    temperature_R1, uniform_R1 = (t[rows, None].to(device, torch.float64) for t in (temperature_R, uniform_R))
+    weight_RV = torch.softmax(logits_RV[rows.to(device)].double() / temperature_R1, dim=-1)
     weight_RV = _keep_likeliest(weight_RV, top_p_R[rows])
     total_RV = weight_RV.cumsum(dim=-1)
-    target_R1 = uniform_R[rows, None].double() * total_RV[:, -1:]
     # The first token whose cumulative weight exceeds the target: never one of weight 0.
-    chosen_R = torch.searchsorted(total_RV, target_R1, right=True)[:, 0]
-    return greedy_R.index_copy(0, rows, chosen_R)
+    chosen_R = torch.searchsorted(total_RV, uniform_R1 * total_RV[:, -1:], right=True)[:, 0]
+    return greedy_R.index_copy(0, rows.to(device), chosen_R)
 
 
 def _keep_likeliest(weight_RV: Tensor, top_p_R: Tensor) -> Tensor:
@@ -132,9 +132,11 @@ def _keep_likeliest(weight_RV: Tensor, top_p_R: Tensor) -> Tensor:
     rows = (top_p_R < 1).nonzero()[:, 0]
     if not len(rows):
         return weight_RV
+    top_p_R1 = top_p_R[rows, None].to(weight_RV.device, torch.float64)
+    rows = rows.to(weight_RV.device)
     sorted_RV, order_RV = weight_RV[rows].sort(dim=-1, descending=True, stable=True)
     before_RV = sorted_RV.cumsum(dim=-1) - sorted_RV
-    sorted_RV = sorted_RV.masked_fill(before_RV >= top_p_R[rows, None].double(), 0.0)
+    sorted_RV = sorted_RV.masked_fill(before_RV >= top_p_R1, 0.0)
     return weight_RV.index_copy(0, rows, torch.zeros_like(sorted_RV).scatter_(1, order_RV, sorted_RV))
 
 

@@ -66,7 +66,7 @@ def test_sizes_follow_the_settings_then_the_picture_then_the_model(model, monkey
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_any_work(engine, monkeypatch, settings, complaint):
-    monkeypatch.setattr("realign.runtime.engine.extend", lambda *args: pytest.fail("work was begun"))
+    monkeypatch.setattr("realign.runtime.reader.extend", lambda *args: pytest.fail("work was begun"))
     requests = [
         Request("good", Prompt.build("mug"), settings=SMALL),
         Request("bad", Prompt.build("mug"), 0, settings),

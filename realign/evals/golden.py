@@ -1,0 +1,48 @@
+"""A golden folder on disk: what it holds, with one clear error where it does not."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+class Record(dict):
+    """A JSON object of cases.json; a field that is missing is the folder's fault."""
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"cases.json: the field {key!r} is missing, beside {', '.join(self) or 'nothing'}")
+
+
+def read_cases(path: Path) -> Record:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=Record)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): name a golden folder") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: broken JSON: {error}") from None
+    if not isinstance(content, Record):
+        raise ValueError(f"{path}: must be a JSON object")
+    return content
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file: name a golden folder")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a safetensors file: {error}") from None
+
+
+def parse_part(text: str) -> tuple[str, int, list[str]]:
+    """'text:0', 'image:1' or 'image:1(vae,vit)'."""
+    match = re.fullmatch(r"(text|image):(\d+)(?:\((\w+(?:,\w+)*)\))?", text)
+    if match is None:
+        raise ValueError(f"cases.json: the part {text!r} must be as 'text:0' or 'image:0(vae,vit)'")
+    return match.group(1), int(match.group(2)), (match.group(3) or "vae,vit").split(",")
