@@ -228,8 +228,8 @@ class Trainer:
 
 
 def check_same_recipe(saved: dict[str, Any], asked: Recipe, steps_done: int, out: Path) -> None:
-    """Checks that a run can go on under a recipe: only the number of steps may differ, before its decay has
-    begun.
+    """Checks that a run can go on under a recipe: its length and decay may differ, before that decay
+    has begun.
 
     Raises:
         ValueError: naming what differs.
@@ -237,7 +237,8 @@ def check_same_recipe(saved: dict[str, Any], asked: Recipe, steps_done: int, out
     wanted = json.loads(json.dumps(asdict(asked)))
     before = Optimization(**saved["optimization"])
     if all(before.rate(step) == asked.optimization.rate(step) for step in range(steps_done)):
-        saved = {**saved, "optimization": {**saved["optimization"], "steps": asked.optimization.steps}}
+        schedule = {name: wanted["optimization"][name] for name in ("steps", "decay_fraction")}
+        saved = {**saved, "optimization": {**saved["optimization"], **schedule}}
     differing = [k for k in sorted(saved.keys() | wanted.keys()) if saved.get(k) != wanted.get(k)]
     if differing:
         said = "; ".join(f"{k} was {saved.get(k)}, is {wanted.get(k)}" for k in differing)
