@@ -1,13 +1,15 @@
 """Entry of `realign` and `python -m realign.cli`.
 
 Only the module of the subcommand that was asked for is imported, so that help is instant.
-Exit codes: 0 done, 1 failed on the way, 2 refused before any work, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 failed on the way, 2 refused before any work, 130 stopped by Ctrl-C,
+141 nobody reads the output.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -53,10 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((word for word in argv if not word.startswith("-")), None)
     try:
         args = build_parser(command).parse_args(argv)
-        return importlib.import_module(f"realign.cli.{args.command}").main(args)
+        code = importlib.import_module(f"realign.cli.{args.command}").main(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print_note("stopped")
         return 130
+    except BrokenPipeError:
+        # Who read our output has seen enough (`realign ... | head`); what is still in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":
