@@ -1,0 +1,1 @@
+"""The procedural world: scenes, pictures, instructions, and an oracle that judges the answers."""

@@ -25,17 +25,19 @@ class ObjectSpec:
 
     def admits(self, thing: Object) -> bool:
         """Whether an object is what is wanted."""
-        return self.likeness(thing) == 4
+        return all(self._fits(thing))
 
     def likeness(self, thing: Object) -> int:
         """How many of the four (shape, colour, size, cell) fit."""
-        fits = (
+        return sum(self._fits(thing))
+
+    def _fits(self, thing: Object) -> tuple[bool, ...]:
+        return (
             self.shape in (None, thing.shape),
             self.colour in (None, thing.colour),
             self.size in (None, thing.size),
             thing.cell in self.cells,
         )
-        return sum(fits)
 
     @classmethod
     def of(cls, thing: Object, preserved: bool = False) -> ObjectSpec:

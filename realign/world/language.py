@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from realign.world.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Object, Scene
 
@@ -14,7 +15,7 @@ _BACKGROUND = re.compile(rf"\bon (?:a |the )?({'|'.join(BACKGROUNDS)})\b")
 _LEFT_OVER = re.compile(r"\b(?!a\b|an\b|and\b|background\b)[a-z]+\b")
 
 
-def join_list(parts: list[str]) -> str:
+def join_list(parts: Sequence[str]) -> str:
     """'x', 'x and y', 'x, y and z'."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
@@ -24,7 +25,7 @@ def describe_object(thing: Object) -> str:
     return f"a {thing.size} {thing.colour} {thing.shape} at the {PLACES[thing.cell]}"
 
 
-def write_caption(objects: list[Object] | tuple[Object, ...], background: str) -> str:
+def write_caption(objects: Sequence[Object], background: str) -> str:
     """A caption that fixes everything, in the given order of objects."""
     return f"{join_list([describe_object(o) for o in objects])} on a {background} background"
 

@@ -8,14 +8,14 @@ half a shape or a shape between two places is an error, not a near miss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
 
 import numpy as np
 
-from realign.world.instructions import Instruction, ObjectSpec
+from realign.world.instructions import Instruction, ObjectSpec, Relation
 from realign.world.render import CELL, RADII, RGB, SIZE, cell_grounds, cell_window, sprite
 from realign.world.scene import BACKGROUNDS, COLOURS, NUM_CELLS, SHAPES, SIZES, Object, Scene, holds
 
@@ -24,6 +24,10 @@ MAX_EMPTY_RESIDUAL = 0.07  # of a cell without one
 MIN_EXPLAINED = 0.5  # share of what sets a cell apart from its background that its object must explain
 EMPTY = 0
 CANDIDATES = tuple((s, c, z) for s in SHAPES for c in COLOURS for z in SIZES)
+NUM_CHOICES = 1 + len(CANDIDATES)  # of a cell: nothing, or a sprite
+READ_BATCH = 256  # pictures; their differences to all templates are held in memory at once
+
+Assignment = tuple[Object | None, ...]  # the object taken for each wanted one
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,16 @@ class Verdict:
 
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """All that may fill each cell. Returns: [cells, 6 * 85, pixels] in [0, 1], and their squared norms."""
+    """All that may fill each cell.
+
+    Returns: float32 [cells, backgrounds * choices, pixels] in [0, 1], and their squared norms.
+    """
     grounds = cell_grounds()[:, :, None]  # [backgrounds, cells, 1, 21, 21, 3]
     alpha = np.stack([sprite(s, RADII[z], CELL) for s, _, z in CANDIDATES])[None, None, ..., None]
     paint = np.asarray([RGB[c] for _, c, _ in CANDIDATES], np.float32)[None, None, :, None, None, :]
     filled = np.concatenate([grounds, grounds + alpha * (paint - grounds)], axis=2)
-    flat = np.rint(filled).transpose(1, 0, 2, 3, 4, 5).reshape(NUM_CELLS, len(BACKGROUNDS) * 85, -1) / 255
-    flat = np.ascontiguousarray(flat, np.float32)
+    by_cell = np.rint(filled).swapaxes(0, 1).reshape(NUM_CELLS, len(BACKGROUNDS) * NUM_CHOICES, -1)
+    flat = np.ascontiguousarray(by_cell / 255, np.float32)
     return flat, (flat**2).sum(-1)
 
 
@@ -94,7 +101,8 @@ def read_pictures(pictures: Sequence[np.ndarray] | np.ndarray) -> list[Reading]:
         raise ValueError(
             f"the oracle reads uint8 pictures of [N, 64, 64, 3], not {batch.dtype} {batch.shape}"
         )
-    return [r for start in range(0, len(batch), 256) for r in _read(batch[start : start + 256])]
+    starts = range(0, len(batch), READ_BATCH)
+    return [reading for start in starts for reading in _read(batch[start : start + READ_BATCH])]
 
 
 def _read(batch: np.ndarray) -> list[Reading]:
@@ -102,9 +110,9 @@ def _read(batch: np.ndarray) -> list[Reading]:
     cells = np.stack([batch[:, *cell_window(c)].reshape(len(batch), -1) for c in range(NUM_CELLS)])
     cells = cells.astype(np.float32) / 255
     squared = (cells**2).sum(-1)[..., None] - 2 * cells @ templates.transpose(0, 2, 1) + norms[:, None, :]
-    squared = squared.reshape(NUM_CELLS, len(batch), len(BACKGROUNDS), 85)
+    squared = squared.reshape(NUM_CELLS, len(batch), len(BACKGROUNDS), NUM_CHOICES)
     ground = squared.min(-1).sum(0).argmin(-1)  # [N]
-    chosen = np.take_along_axis(squared, ground[None, :, None, None], axis=2)[:, :, 0]  # [cells, N, 85]
+    chosen = np.take_along_axis(squared, ground[None, :, None, None], axis=2)[:, :, 0]  # [cells, N, choices]
     best = chosen.argmin(-1)
     pixels = templates.shape[-1]
     squared_best = np.maximum(chosen.min(-1), 0)
@@ -132,22 +140,18 @@ def judge(reading: Reading, instruction: Instruction) -> Verdict:
     """Whether a picture is what the instruction asks for (any of its valid readings)."""
     scene, specs = reading.scene, instruction.specs
     best = max(_assignments(scene.objects, specs), key=lambda found: _agreement(found, instruction))
-    matched = [o is not None and s.admits(o) for o, s in zip(best, specs, strict=True)]
-    coloured = [o is not None and s.colour in (None, o.colour) for o, s in zip(best, specs, strict=True)]
-    relations = all(
-        best[r.subject] is not None
-        and best[r.object] is not None
-        and holds(r.relation, best[r.subject].cell, best[r.object].cell)
-        for r in instruction.relations
-    )
+    pairs = list(zip(best, specs, strict=True))
+    matched = [o is not None and s.admits(o) for o, s in pairs]
+    coloured = [o is not None and s.colour in (None, o.colour) for o, s in pairs]
+    relations = all(_is_related(best, relation) for relation in instruction.relations)
     count = len(scene.objects) + len(reading.unclear) == len(specs)
     background = scene.background == instruction.background
-    kept = [m for m, s in zip(matched, specs, strict=True) if s.preserved]
-    must_stay = instruction.source is not None
-    preserved = all(kept) and (background or instruction.changes_background) and count if must_stay else None
+    preserved = None
+    if instruction.source is not None:
+        kept = all(m for m, s in zip(matched, specs, strict=True) if s.preserved)
+        preserved = kept and (background or instruction.changes_background) and count
     right = all(matched) and relations and count and background and not reading.unclear
-    share = lambda flags: sum(flags) / len(flags)  # noqa: E731
-    return Verdict(share(matched), share(coloured), count, relations, background, preserved, right)
+    return Verdict(_share(matched), _share(coloured), count, relations, background, preserved, right)
 
 
 def judge_caption(reading: Reading, caption: Scene) -> Verdict:
@@ -160,19 +164,25 @@ def is_valid_reading(scene: Scene, instruction: Instruction) -> bool:
     return judge(Reading(scene, (), 0.0), instruction).all_right
 
 
-def _assignments(objects: tuple[Object, ...], specs: tuple[ObjectSpec, ...]):
+def _assignments(objects: tuple[Object, ...], specs: tuple[ObjectSpec, ...]) -> Iterator[Assignment]:
+    """Every way to take the objects for the wanted ones; where objects are too few, None for the rest."""
     padded = (*objects, *([None] * max(0, len(specs) - len(objects))))
-    return permutations(padded[:NUM_CELLS], len(specs))
+    return permutations(padded, len(specs))
 
 
-def _agreement(found: tuple[Object | None, ...], instruction: Instruction) -> tuple[int, int, int]:
+def _agreement(found: Assignment, instruction: Instruction) -> tuple[int, int, int]:
+    """How well an assignment does: wanted objects, then relations, then single attributes."""
     pairs = list(zip(found, instruction.specs, strict=True))
     full = sum(o is not None and s.admits(o) for o, s in pairs)
-    related = sum(
-        found[r.subject] is not None
-        and found[r.object] is not None
-        and holds(r.relation, found[r.subject].cell, found[r.object].cell)
-        for r in instruction.relations
-    )
+    related = sum(_is_related(found, relation) for relation in instruction.relations)
     partly = sum(s.likeness(o) for o, s in pairs if o is not None)
     return full, related, partly
+
+
+def _is_related(found: Assignment, relation: Relation) -> bool:
+    subject, other = found[relation.subject], found[relation.object]
+    return subject is not None and other is not None and holds(relation.relation, subject.cell, other.cell)
+
+
+def _share(flags: Sequence[bool]) -> float:
+    return sum(flags) / len(flags)

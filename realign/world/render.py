@@ -7,6 +7,7 @@ background.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -107,6 +108,29 @@ def render_object_reference(thing: Object) -> np.ndarray:
 def render_background_reference(name: str) -> np.ndarray:
     """A background alone. uint8 [32, 32, 3]."""
     return np.rint(background(name, REFERENCE_SIZE)).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference picture, uint8 [H, W, 3], and what it shows: an object, a background's name, or a scene."""
+
+    picture: np.ndarray
+    shows: Object | str | Scene
+
+    @classmethod
+    def of_object(cls, thing: Object) -> Reference:
+        """An object alone."""
+        return cls(render_object_reference(thing), thing)
+
+    @classmethod
+    def of_background(cls, name: str) -> Reference:
+        """A background alone."""
+        return cls(render_background_reference(name), name)
+
+    @classmethod
+    def of_scene(cls, scene: Scene) -> Reference:
+        """A whole picture, to edit."""
+        return cls(render(scene), scene)
 
 
 @cache
