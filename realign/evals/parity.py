@@ -39,7 +39,7 @@ from realign.runtime.guidance import Branch
 from realign.runtime.prepare import PreparedPicture, crop_picture, resized_size
 from realign.runtime.request import ImagePart, Prompt, Request, Sample, TextPart
 from realign.runtime.sampler import DenoiseJob, denoise
-from realign.runtime.schedule import Schedule
+from realign.runtime.schedule import Schedule, shift_time
 from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
 from realign.runtime.text import TextDecoder
 
@@ -146,15 +146,18 @@ class Golden:
 
     @cached_property
     def model(self) -> Bagel:
+        """The folder's checkpoint."""
         return Bagel.from_pretrained(self.folder / "checkpoint", device=self.device, dtype=self.dtype)
 
     @cached_property
     def images(self) -> list[Image.Image]:
+        """The recorded reference pictures, by their numbers."""
         names = sorted(self._tensor_names("image."), key=lambda name: int(name.removeprefix("image.")))
         return [Image.fromarray(self.tensors[name].numpy()) for name in names]
 
     @cached_property
     def pictures(self) -> list[PreparedPicture]:
+        """The same as the model sees them; the reference run did not resize them."""
         return [crop_picture(image, self.model.config) for image in self.images]
 
     # -- cases, one method a group ---------------------------------------------------------------------
@@ -281,7 +284,6 @@ class Golden:
                 flattened_position_ids(height, width, config.max_latent_size, config.interpolate_pos)
             )
         even = torch.sigmoid(self._input("train.timestep_logits"))
-        shift = case["timestep_shift"]
         names = {"text_ids": "text_ids", "text_index": "text_indexes", "position_ids": "position_ids"}
         names |= {"vit_index": "vit_indexes", "latent_index": "vae_indexes", "noise": "noise"}
         names |= {"ce_index": "ce_indexes", "labels": "labels", "mse_index": "mse_indexes"}
@@ -292,7 +294,7 @@ class Golden:
             vit_cu_seqlens=self._input("vit.cu_seqlens"),
             latent=torch.cat(latents),
             latent_position=torch.cat(positions).to(self.device),
-            timestep=shift * even / (1 + (shift - 1) * even),
+            timestep=shift_time(even, case["timestep_shift"]),
             **{ours: self._input(f"train.{name}") for ours, name in names.items()},
         )
 
@@ -364,9 +366,8 @@ class Golden:
 
     def _read(self, context: Context, kind: str, number: int, views: Sequence[str]) -> Context:
         if kind == "text":
-            return extend(self.model, [context], [build_text_block(self.model, self.file["texts"][number])])[
-                0
-            ]
+            blocks = [build_text_block(self.model, self.file["texts"][number])]
+            return extend(self.model, [context], blocks)[0]
         for view in views:
             build = {"vae": build_vae_blocks, "vit": build_vit_blocks}[view]
             blocks = build(self.model, [getattr(self.pictures[number], f"{view}_CHW")])

@@ -78,8 +78,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return white
 
 
-def to_pixels(image: Image.Image) -> Tensor:
-    """RGB picture to float32 [3, H, W] in [-1, 1]."""
+def to_pixels(image: Image.Image | np.ndarray) -> Tensor:
+    """RGB picture, or its uint8 [H, W, 3], to float32 [3, H, W] in [-1, 1]."""
     pixels_HWC = torch.from_numpy(np.asarray(image, dtype=np.float32))
     return pixels_HWC.permute(2, 0, 1).contiguous() / 127.5 - 1.0
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
+from torch import Tensor
+
+Time = TypeVar("Time", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,7 @@ class Schedule:
 
     @classmethod
     def build(cls, num_timesteps: int = 50, shift: float = 3.0) -> Schedule:
-        """Euler steps of the ODE at `t = shift u / (1 + (shift - 1) u)`, u evenly from 1 to 0 (a = 1, b = dt,
-        std = 0).
+        """Euler steps of the ODE at `shift_time(u, shift)`, u evenly from 1 to 0 (a = 1, b = dt, std = 0).
 
         Raises: ValueError for fewer than two timesteps or a shift that is not a positive number.
         Source: BAGEL, arXiv 2505.14683, `Bagel.generate_image`.
@@ -47,7 +50,7 @@ class Schedule:
         if not (math.isfinite(shift) and shift > 0):
             raise ValueError(f"timestep shift is {shift}: must be a positive number; 1 leaves the times even")
         last = num_timesteps - 1
-        times = tuple(_shifted(1 - i / last, shift) for i in range(num_timesteps))
+        times = tuple(shift_time(1 - i / last, shift) for i in range(num_timesteps))
         steps = tuple(Step(t, t_next - t, 1.0, t_next - t, 0.0) for t, t_next in pairwise(times))
         return cls(times, steps, shift)
 
@@ -62,9 +65,10 @@ class Schedule:
         """
         low, high = interval
         even = torch.linspace(1, 0, len(self.times))
-        times = (self.shift * even / (1 + (self.shift - 1) * even))[:-1]
+        times = shift_time(even, self.shift)[:-1]
         return tuple(((times > low) & (times <= high)).tolist())
 
 
-def _shifted(u: float, shift: float) -> float:
+def shift_time(u: Time, shift: float) -> Time:
+    """`shift u / (1 + (shift - 1) u)`: keeps 0 and 1, and moves what lies between towards 1 if shift > 1."""
     return shift * u / (1 + (shift - 1) * u)
