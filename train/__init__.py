@@ -1,0 +1,1 @@
+"""Programs that train: the supervised trainer, and what makes mini's starting point."""

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: next-token cross-entropy and rectified-flow matching on packed interleaved samples.
 
-    python -m train.sft train/recipes/mini.toml --out runs/mini
-    torchrun --nproc-per-node 2 -m train.sft train/recipes/mini.toml --out runs/mini
+    python -m train.sft train/recipes/mini-1.toml --out runs/mini-1
+    torchrun --nproc-per-node 2 -m train.sft train/recipes/mini-1.toml --out runs/mini-1
 
 BAGEL's recipe (2505.14683, section 4): a packed sequence of text, ViT, clean and noised latent tokens, both
 losses at once. Everything random is a function of (seed, step, slot), and the losses are means over the whole
@@ -15,7 +15,7 @@ import json
 import os
 import time
 import tomllib
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,14 @@ from realign.data.packing import Packer
 from realign.model.bagel import Bagel
 from realign.model.mot import Expert
 from realign.model.training import PackedBatch, packed_losses
-from train.state import load_optimizer_tensors, load_state, optimizer_tensors, save_state
+from train.state import (
+    append_row,
+    drop_rows_after,
+    load_optimizer_tensors,
+    load_state,
+    optimizer_tensors,
+    save_state,
+)
 from train.world_data import LatentPool, Mixture, WorldData
 
 PACK_MULTIPLE = 64
@@ -86,14 +93,14 @@ class Recipe:
         """Reads a TOML recipe.
 
         Raises:
-            ValueError: not TOML, or a field that is unknown, missing or of no use.
+            ValueError: no such file, not TOML, or a field that is unknown, missing or of no use.
         """
         try:
             table = tomllib.loads(path.read_text())
             optimization = Optimization(**table.pop("optimization"))
             mixture = Mixture(**table.pop("mixture"))
             recipe = cls(optimization=optimization, mixture=mixture, **table)
-        except (tomllib.TOMLDecodeError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is not a recipe: {error}") from None
         if recipe.precision not in DTYPES:
             raise ValueError(f"{path}: precision is {recipe.precision!r}; choose float32 or bfloat16")
@@ -112,7 +119,7 @@ class Ranks:
         """From torchrun's environment, or alone."""
         if "RANK" not in os.environ:
             return cls()
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("gloo")  # the model is trained on the CPU
         return cls(dist.get_rank(), dist.get_world_size())
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -172,7 +179,7 @@ class Trainer:
             "lr": o.rate(self.steps_done - 1),
         }
 
-    def _precision(self) -> Any:
+    def _precision(self) -> AbstractContextManager:
         dtype = DTYPES[self.recipe.precision]
         if dtype == torch.float32:
             return nullcontext()
@@ -189,25 +196,25 @@ class Trainer:
             for parameter, piece in zip(self.parameters, pieces, strict=True):
                 parameter.grad.copy_(piece.view_as(parameter))
 
-    def save(self, out: Path, log: dict[str, Any]) -> None:
+    def save(self, out: Path) -> None:
         """Everything that the next step needs, atomically, under out/checkpoints."""
         tensors = {f"model.{self.names[id(p)]}": p for p in self.parameters}
         tensors |= {
             f"average.{self.names[id(p)]}": a for p, a in zip(self.parameters, self.average, strict=True)
         }
         tensors |= optimizer_tensors(self.optimizer, self.names)
-        save_state(out / "checkpoints", self.steps_done, tensors, {"recipe": asdict(self.recipe), **log})
+        save_state(out / "checkpoints", self.steps_done, tensors, {"recipe": asdict(self.recipe)})
 
     @torch.no_grad()
-    def restore(self, out: Path) -> dict[str, Any] | None:
-        """Goes back to the newest whole checkpoint.
+    def restore(self, out: Path) -> None:
+        """Goes back to the newest whole checkpoint, if there is one.
 
         Raises:
             ValueError: it was made by another recipe.
         """
         state = load_state(out / "checkpoints")
         if state is None:
-            return None
+            return
         tensors, numbers = state
         check_same_recipe(numbers["recipe"], self.recipe, numbers["step"], out)
         for parameter, average in zip(self.parameters, self.average, strict=True):
@@ -216,7 +223,6 @@ class Trainer:
             average.copy_(tensors[f"average.{name}"])
         load_optimizer_tensors(self.optimizer, self.names, tensors)
         self.steps_done = numbers["step"]
-        return numbers
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
@@ -268,7 +274,7 @@ def run(recipe: Recipe, out: Path, ranks: Ranks) -> None:
                 done, numbers, len(data.kinds), is_written=done % recipe.log_every == 0 or done == steps
             )
             if ranks.rank == 0 and (done % recipe.checkpoint_every == 0 or done == steps):
-                trainer.save(out, {})
+                trainer.save(out)
     if ranks.rank == 0:
         trainer.export(out / "model")
 
@@ -292,8 +298,10 @@ class Log:
     """JSONL rows on disk, and a progress bar with loss and samples per second."""
 
     def __init__(self, path: Path, total: int, done: int, is_shown: bool) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "a") if is_shown else None
+        self.path, self.is_shown = path, is_shown
+        if is_shown:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drop_rows_after(path, done)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.progress = Progress(*columns, disable=not is_shown)
         self.task = self.progress.add_task("training", total=total, completed=done)
@@ -305,20 +313,16 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
-        if self.file:
-            self.file.close()
 
     def advance(self, step: int, numbers: dict[str, float], samples: int, is_written: bool) -> None:
-        """One step further."""
+        """One step further: `samples` more were seen; `numbers` are the step's, for a row if `is_written`."""
         self.samples += samples
-        if self.file is None or not is_written:
+        if not (self.is_shown and is_written):
             return
         seconds = time.perf_counter() - self.began
         rate = self.samples / seconds
         self.began, self.samples = time.perf_counter(), 0
-        row = {"step": step, **numbers, "samples_per_second": round(rate, 1)}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        append_row(self.path, {"step": step, **numbers, "samples_per_second": round(rate, 1)})
         said = f"mse {numbers['mse']:.4f} ce {numbers['ce']:.4f}  {rate:.0f} samples/s"
         self.progress.update(self.task, completed=step, description=said)
 

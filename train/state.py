@@ -9,6 +9,7 @@ a function of (seed, step).
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -50,6 +51,30 @@ def load_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] |
     return None
 
 
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Adds a line to a JSONL log."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Takes back the rows of a log that a killed run wrote after its last checkpoint, at `step`."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> float:
+    """A torn line, or a summary at the end, belongs to no step that is kept."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*")) if folder.is_dir() else []
 
@@ -67,12 +92,12 @@ def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: dict[int, str], tensors: dict[str, torch.Tensor]
 ) -> None:
     """The inverse of `optimizer_tensors`."""
+    moments: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, moment, name = key.split(".", 2)
+            moments.setdefault(name, {})[moment] = value
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            found = {
-                key.split(".", 2)[1]: value
-                for key, value in tensors.items()
-                if key.startswith("optimizer.") and key.split(".", 2)[2] == names[id(parameter)]
-            }
-            if found:
-                optimizer.state[parameter] = found
+            if names[id(parameter)] in moments:
+                optimizer.state[parameter] = moments[names[id(parameter)]]

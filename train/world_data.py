@@ -16,15 +16,18 @@ import torch
 from torch import Tensor
 
 from realign.data.packing import LatentTurn, TextTurn, Turn, ViTTurn
-from realign.model.bagel import Bagel, patchify_latent, patchify_pixels
-from realign.model.embeddings import flattened_position_ids
+from realign.model.bagel import Bagel, patchify_pixels
 from realign.reasoning.prompts import SYSTEM_TEXTS
 from realign.reasoning.schemas import format_iccot
-from realign.world.render import SIZE, render, render_background_reference, render_object_reference
+from realign.runtime.context import encode_latents, latent_position_ids, vit_position_ids
+from realign.runtime.prepare import to_pixels
+from realign.runtime.schedule import shift_time
+from realign.world.render import SIZE, Reference, render
 from realign.world.scene import SIZES, Object
-from realign.world.tasks import Reference, sample
+from realign.world.tasks import TASKS, sample
 
 ENCODE_BATCH = 128
+MODES = ("none", "ic-cot")
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,16 @@ class Mixture:
     num_scenes: int
     timestep_shift: float
 
+    def __post_init__(self) -> None:
+        for task, mode in self.kinds():
+            if task not in TASKS or mode not in MODES:
+                known = f"a task of {', '.join(TASKS)}, a mode of {', '.join(MODES)}"
+                raise ValueError(f"mixture counts {task}/{mode}: a key is task/mode, {known}")
+
     def kinds(self) -> list[tuple[str, str]]:
         """The (task, mode) of each slot of a step."""
-        return [tuple(key.split("/")) for key, count in self.counts.items() for _ in range(count)]
+        split = ((*key.partition("/")[::2], count) for key, count in self.counts.items())
+        return [(task, mode) for task, mode, count in split for _ in range(count)]
 
 
 class LatentPool:
@@ -100,15 +110,11 @@ def _encode_pool(path: Path, name: str, model: Bagel, num_scenes: int, seed: int
 @torch.no_grad()
 def encode_pictures(model: Bagel, pictures: np.ndarray) -> Tensor:
     """uint8 [N, H, W, 3] to patchified latents [N, G, C], float32."""
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-    latents = model.autoencoder.encode(pixels.contiguous(memory_format=torch.channels_last))
-    return torch.stack(
-        [patchify_latent(latent.float(), model.config.latent_patch_size) for latent in latents]
-    )
+    return torch.stack(encode_latents(model, [to_pixels(picture) for picture in pictures])).float()
 
 
 class WorldData:
-    """Draws the turns of any slot of any step."""
+    """Draws the turns of any slot of any step; `model` encodes the references, and has the tokenizer."""
 
     def __init__(self, model: Bagel, mixture: Mixture, pool: LatentPool, seed: int) -> None:
         self.model, self.mixture, self.pool, self.seed = model, mixture, pool, seed
@@ -151,35 +157,24 @@ class WorldData:
         return self.model.tokenizer.encode(text)
 
     def _picture(self, reference: Reference, latent: Tensor | None) -> list[Turn]:
-        config = self.model.config
         side = reference.picture.shape[0]
         if latent is None:
             latent = self._latent_of_reference(_look(reference.shows))
-        latent_turn = LatentTurn(latent, self._positions(side, config.latent_stride, config.max_latent_size))
-        pixels = torch.from_numpy(reference.picture).permute(2, 0, 1).float().div(127.5).sub(1)
-        patches = patchify_pixels(pixels, config.vit.patch_size)
-        positions = self._positions(side, config.vit.patch_size, config.vit_max_num_patch_per_side)
-        return [latent_turn, ViTTurn(patches, positions)]
-
-    def _positions(self, side: int, stride: int, max_per_side: int) -> Tensor:
-        return flattened_position_ids(
-            side // stride, side // stride, max_per_side, self.model.config.interpolate_pos
-        )
+        patches = patchify_pixels(to_pixels(reference.picture), self.model.config.vit.patch_size)
+        return [
+            LatentTurn(latent, latent_position_ids(self.model, side, side)),
+            ViTTurn(patches, vit_position_ids(self.model, side, side)),
+        ]
 
     def _encode_reference(self, look: Object | str) -> Tensor:
-        picture = (
-            render_background_reference(look) if isinstance(look, str) else render_object_reference(look)
-        )
-        return encode_pictures(self.model, picture[None])[0]
+        of = Reference.of_background if isinstance(look, str) else Reference.of_object
+        return encode_pictures(self.model, of(look).picture[None])[0]
 
     def _target(self, latent: Tensor, rng: np.random.Generator) -> LatentTurn:
-        time = 1 / (1 + np.exp(-rng.standard_normal()))
-        shift = self.mixture.timestep_shift
-        time = float(shift * time / (1 + (shift - 1) * time))
+        even = 1 / (1 + np.exp(-rng.standard_normal()))
+        time = float(shift_time(even, self.mixture.timestep_shift))
         noise = torch.from_numpy(rng.standard_normal(latent.shape, dtype=np.float32))
-        config = self.model.config
-        positions = self._positions(SIZE, config.latent_stride, config.max_latent_size)
-        return LatentTurn(latent, positions, time, noise)
+        return LatentTurn(latent, latent_position_ids(self.model, SIZE, SIZE), time, noise)
 
 
 def _look(shows: Object | str) -> Object | str:
