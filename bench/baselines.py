@@ -13,7 +13,7 @@ from torch import Tensor
 
 def plain_guided_velocity(
     cond_LC: Tensor, text_LC: Tensor, image_LC: Tensor, text_scale: float, image_scale: float
-):
+) -> Tensor:
     """Text and image guidance of one sample with the global renorm: BAGEL's arithmetic, one op at a time."""
     guided_LC = text_LC + text_scale * (cond_LC - text_LC)
     guided_LC = image_LC + image_scale * (guided_LC - image_LC)

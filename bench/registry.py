@@ -90,6 +90,7 @@ class _Flow:
 
 
 def build_guided_flow_step(shape: Shape) -> Case:
+    """Both guidances, the global renorm, one Euler step."""
     flow = _Flow.build(shape)
     sample, *branches = flow.fields
     scales, step = (flow.text_scale_B, flow.image_scale_B), (flow.a_B, flow.b_B)
@@ -106,6 +107,7 @@ def build_guided_flow_step(shape: Shape) -> Case:
 
 
 def build_guided_velocity(shape: Shape) -> Case:
+    """Both guidances and the global renorm."""
     flow = _Flow.build(shape)
     _, *branches = flow.fields
 
@@ -115,12 +117,14 @@ def build_guided_velocity(shape: Shape) -> Case:
         )
 
     plain = {PLAIN: lambda: baselines.plain_guided_velocities(*branches, flow.cu_seqlens, 4.0, 2.0)}
-    return Case(
-        {**plain, **{impl: run(impl) for impl in list_impls()}}, count_bytes(*branches, branches[0]), 2e-2
-    )
+    runs = {**plain, **{impl: run(impl) for impl in list_impls()}}
+    # Plain torch rounds to bfloat16 after every operation, and guidance enlarges what was rounded before.
+    error = allow_error(shape) if shape.dtype == torch.float32 else 2e-2
+    return Case(runs, count_bytes(*branches, branches[0]), error)
 
 
 def build_flow_step(shape: Shape) -> Case:
+    """One Euler step, the same for all samples."""
     flow = _Flow.build(shape)
     sample, velocity, *_ = flow.fields
 
@@ -133,6 +137,7 @@ def build_flow_step(shape: Shape) -> Case:
 
 
 def build_rms_norm(shape: Shape) -> Case:
+    """The norm of an expert's hidden states."""
     x, weight = _randn(shape, "L", "E"), torch.ones(shape.sizes["E"], dtype=shape.dtype)
     runs = {
         PLAIN: lambda: baselines.plain_rms_norm(x, weight, 1e-6),
@@ -143,6 +148,7 @@ def build_rms_norm(shape: Shape) -> Case:
 
 
 def build_apply_rope(shape: Shape) -> Case:
+    """Queries or keys turned by given tables."""
     x = _randn(shape, "L", "H", "D")
     angles = torch.rand(shape.sizes["L"], shape.sizes["D"])
     cos, sin = angles.cos(), angles.sin()
@@ -154,6 +160,7 @@ def build_apply_rope(shape: Shape) -> Case:
 
 
 def build_swiglu(shape: Shape) -> Case:
+    """The MLP's gate."""
     gate, up = _randn(shape, "L", "E"), _randn(shape, "L", "E")
     runs = {
         PLAIN: lambda: baselines.plain_swiglu(gate, up),

@@ -69,8 +69,15 @@ _RENORM = "int[] renorm, Tensor? renorm_min"
     schema=f"({_GUIDANCE}, {_RENORM}) -> Tensor",
 )
 def guided_velocity_cpp(
-    cond, text_uncond, image_uncond, cu_seqlens, text_scale, image_scale, renorm, renorm_min
-):
+    cond: Tensor,
+    text_uncond: Tensor | None,
+    image_uncond: Tensor | None,
+    cu_seqlens: Tensor,
+    text_scale: Tensor,
+    image_scale: Tensor | None,
+    renorm: list[int],
+    renorm_min: Tensor | None,
+) -> Tensor:
     """`guided_velocity` on the CPU; `renorm` as `RENORM_CODES`, one per sample."""
     return _launch(
         cond,
@@ -92,7 +99,15 @@ def guided_velocity_cpp(
     device_types="cpu",
     schema=f"(Tensor sample, Tensor velocity, Tensor cu_seqlens, {_STEP}) -> Tensor",
 )
-def flow_step_cpp(sample, velocity, cu_seqlens, a, b, std, noise):
+def flow_step_cpp(
+    sample: Tensor,
+    velocity: Tensor,
+    cu_seqlens: Tensor,
+    a: Tensor,
+    b: Tensor,
+    std: Tensor | None,
+    noise: Tensor | None,
+) -> Tensor:
     """`flow_step` on the CPU."""
     return _launch(
         sample,
@@ -115,20 +130,20 @@ def flow_step_cpp(sample, velocity, cu_seqlens, a, b, std, noise):
     schema=f"(Tensor sample, {_GUIDANCE}, {_STEP}, {_RENORM}) -> Tensor",
 )
 def guided_flow_step_cpp(
-    sample,
-    cond,
-    text_uncond,
-    image_uncond,
-    cu_seqlens,
-    text_scale,
-    image_scale,
-    a,
-    b,
-    std,
-    noise,
-    renorm,
-    renorm_min,
-):
+    sample: Tensor,
+    cond: Tensor,
+    text_uncond: Tensor | None,
+    image_uncond: Tensor | None,
+    cu_seqlens: Tensor,
+    text_scale: Tensor,
+    image_scale: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    std: Tensor | None,
+    noise: Tensor | None,
+    renorm: list[int],
+    renorm_min: Tensor | None,
+) -> Tensor:
     """`guided_flow_step` on the CPU; `renorm` as `RENORM_CODES`, one per sample."""
     return _launch(
         sample,

@@ -56,11 +56,12 @@ class Packer:
         self.latent_dim = latent_dim
 
     def pack(self, samples: Sequence[Sequence[Turn]], multiple: int = 1) -> PackedBatch:
-        """One packed batch of samples, each a list of turns; a noised picture is a sample's last turn.
+        """One packed batch.
 
-        `multiple` rounds up the number of understanding tokens with a last sample that has no loss: kernels
-            that are
-        prepared for each shape then meet few shapes.
+        Args:
+            samples: each a list of turns; a noised picture is a sample's last turn.
+            multiple: the number of understanding tokens is rounded up to it, by a last sample that has no
+                loss: kernels that are prepared for each shape then meet few shapes.
         """
         layout = _Layout(self.tokenizer)
         for turns in samples:

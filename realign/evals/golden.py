@@ -19,6 +19,7 @@ class Record(dict):
 
 
 def read_cases(path: Path) -> Record:
+    """The content of cases.json. Raises: ValueError where it cannot be read, or is no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_hook=Record)
     except OSError as error:
@@ -31,6 +32,7 @@ def read_cases(path: Path) -> Record:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Inputs and outputs by name, on the CPU. Raises: ValueError where they cannot be read."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file: name a golden folder")
     try:
@@ -41,7 +43,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def parse_part(text: str) -> tuple[str, int, list[str]]:
-    """'text:0', 'image:1' or 'image:1(vae,vit)'."""
+    """The kind, number and views of 'text:0', 'image:1' or 'image:1(vae,vit)'. Raises: ValueError."""
     match = re.fullmatch(r"(text|image):(\d+)(?:\((\w+(?:,\w+)*)\))?", text)
     if match is None:
         raise ValueError(f"cases.json: the part {text!r} must be as 'text:0' or 'image:0(vae,vit)'")

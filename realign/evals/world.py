@@ -61,10 +61,9 @@ def evaluate(generator: Generator, options: WorldOptions) -> dict[str, Any]:
     """Runs the benchmark.
 
     Returns: `{"t2i": R, "in_context": {"none": R, "ic-cot": R}, "edit": {..}, "reasoning_correct": p,
-    "distinct_chains": d,
-        "margin": {task: {"all_right": p, "se": s}}}`, where R is `{"all_right", "se", "n", "objects",
-        "background"}`, of edits "preserved" too, of reasoning "reasoning_correct" and "shows_caption". What
-        was not asked for is absent.
+        "distinct_chains": d, "margin": {task: {"all_right": p, "se": s}}}`, where R is `{"all_right", "se",
+        "n", "objects", "background"}`, of edits "preserved" too, of reasoning "reasoning_correct" and
+        "shows_caption". What was not asked for is absent.
     """
     wanted = ("none", "ic-cot") if options.reasoning == "both" else (options.reasoning,)
     result: dict[str, Any] = {}

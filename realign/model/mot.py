@@ -198,8 +198,7 @@ class MixtureOfTransformers(nn.Module):
             position_L: int64, rotary positions; all tokens of a picture share one.
             route: which tokens are generation tokens.
             attend: `attend(layer, query_LHD, key_LKD, value_LKD) -> attended_LHD`; it serves the grouped
-            heads,
-                the masks and the cache. Query and key come normed and turned.
+                heads, the masks and the cache. Query and key come normed and turned.
         Raises: `ValueError` if the route or the positions are for another number of tokens.
         """
         if not len(hidden_LE) == len(position_L) == route.length:

@@ -11,7 +11,7 @@ sees itself whole, and a picture that is being noised is seen by nothing but its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from realign.model.bagel import Bagel
 from realign.model.mot import Route
 
 MODES = ("causal", "full", "noise")
+Split = tuple[Sequence[int], Sequence[str]]  # of one sample: the length and the mode of each part
 WIDTH_MULTIPLE = 16  # of a bucket: kernels that are prepared for each shape then meet few shapes
 
 
@@ -29,7 +30,7 @@ class PackedBatch:
     """Packed samples. Indexes point into the packed sequence of L tokens.
 
     Attributes:
-        splits: for every sample the lengths and modes ('causal', 'full', 'noise') of its parts.
+        splits: for every sample the lengths and modes of its parts.
         position_ids: [L] rope positions.
         text_ids, text_index: [T].
         vit_patches, vit_position, vit_cu_seqlens, vit_index: [V, P], [V], [pictures + 1], [V].
@@ -38,10 +39,9 @@ class PackedBatch:
         noise: [G, C].
         ce_index, labels: [N] tokens with a text loss and what follows them.
         mse_index: [M] noised tokens, in order; they are the latents with timestep > 0.
-        ce_weight: [N] or None (ones).
     """
 
-    splits: Sequence[tuple[Sequence[int], Sequence[str]]]
+    splits: Sequence[Split]
     position_ids: Tensor
     text_ids: Tensor
     text_index: Tensor
@@ -57,7 +57,6 @@ class PackedBatch:
     ce_index: Tensor
     labels: Tensor
     mse_index: Tensor
-    ce_weight: Tensor | None = field(default=None)
 
 
 @dataclass
@@ -100,7 +99,7 @@ class BucketedAttention:
 
     SLACK = 1.35
 
-    def __init__(self, splits: Sequence[tuple[Sequence[int], Sequence[str]]], device: torch.device) -> None:
+    def __init__(self, splits: Sequence[Split], device: torch.device) -> None:
         lengths = [sum(lens) for lens, _ in splits]
         starts = [0]
         for length in lengths:
@@ -123,9 +122,9 @@ class BucketedAttention:
 
 
 class _Bucket:
-    def __init__(
-        self, splits: Sequence[tuple[Sequence[int], Sequence[str]]], starts: list[int], device
-    ) -> None:
+    """Samples that are padded together: where their tokens lie, packed and padded, and who sees whom."""
+
+    def __init__(self, splits: Sequence[Split], starts: list[int], device: torch.device) -> None:
         lengths = torch.tensor([sum(lens) for lens, _ in splits])
         width = -(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         self.shape = (len(splits), width)
@@ -152,9 +151,8 @@ class _Bucket:
             taken = tensor.to(value_LKD.dtype).index_select(0, self.padded_index)
             return taken.view(batch, width, tensor.shape[1], dim).transpose(1, 2)
 
-        with torch.autocast(
-            value_LKD.device.type, enabled=False
-        ):  # it would make the softmax, the widest part, float32
+        # Autocast would make the softmax, the widest part, float32.
+        with torch.autocast(value_LKD.device.type, enabled=False):
             query = padded(query_LHD * dim**-0.5).reshape(batch, kv_heads, groups * width, dim)
             key, value = padded(key_LKD), padded(value_LKD)
             scores = (query @ key.transpose(-1, -2)).view(batch, kv_heads, groups, width, width)
@@ -164,7 +162,7 @@ class _Bucket:
         return mixed.index_select(0, self.valid)
 
 
-def _allowed(splits: Sequence[tuple[Sequence[int], Sequence[str]]], width: int) -> Tensor:
+def _allowed(splits: Sequence[Split], width: int) -> Tensor:
     """Who sees whom. Returns: bool [B, W, W], rows are queries."""
     part_BW = torch.full((len(splits), width), -1)
     mode_BW = torch.zeros(len(splits), width, dtype=torch.long)

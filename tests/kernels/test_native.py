@@ -110,9 +110,7 @@ def test_explicit_cpp_never_falls_back(tensor, reason):
 def test_explicit_cpp_without_the_extension_says_so(monkeypatch):
     monkeypatch.setattr(native, "_C", None)
     monkeypatch.setattr(native, "_STATE", "no compiled extension (test)")
-    with pytest.raises(
-        ValueError, match=r"impl='cpp' cannot run: no compiled extension \(test\)"
-    ):
+    with pytest.raises(ValueError, match=r"impl='cpp' cannot run: no compiled extension \(test\)"):
         guided_velocity(**make_case([3], 4).guidance(), impl="cpp")
     assert guided_velocity(**make_case([3], 4).guidance()).isfinite().all()
 
