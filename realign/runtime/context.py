@@ -23,6 +23,8 @@ from realign.model.mot import Route
 from realign.runtime.attention import PaddedAttention
 
 MAX_ENCODE_PIXELS = 2**21
+# Tokens of a text that are read at once: the mask of a forward is as large as this times the context.
+MAX_TEXT_TOKENS = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,7 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class TextBlock:
-    """A text turn: its token ids, bos and eos included."""
+    """A text turn, or a piece of a long one: its token ids, bos and eos included."""
 
     ids: tuple[int, ...]
 
@@ -105,6 +107,11 @@ def embed_markers(model: Bagel) -> tuple[Tensor, Tensor]:
 
 def build_text_block(model: Bagel, text: str) -> TextBlock:
     return TextBlock((model.tokenizer.bos, *model.tokenizer.encode(text), model.tokenizer.eos))
+
+
+def split_text_block(block: TextBlock, size: int = MAX_TEXT_TOKENS) -> list[TextBlock]:
+    """Pieces of at most `size` tokens; read one after another they are what the whole is."""
+    return [TextBlock(block.ids[start : start + size]) for start in range(0, block.length, size)]
 
 
 @torch.no_grad()

@@ -23,11 +23,13 @@ from realign.runtime.context import (
     build_vae_blocks,
     build_vit_blocks,
     extend,
+    split_text_block,
 )
 from realign.runtime.prepare import PreparedPicture
 from realign.runtime.request import Part, TextPart
 
-BlockName = tuple[str, str]  # "text", "vae" or "vit"; the text, or the picture's digest
+# ("text", its ids), ("vae", digest of the picture) or ("vit", the same)
+BlockName = tuple[str, str | tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,7 @@ class Reader:
         self.model, self.fit, self.max_tokens = model, prepare, max_tokens
         self.start = Context()
         self.pictures: dict[str, PreparedPicture] = {}
+        self.texts: dict[str, list[BlockName]] = {}
         self.blocks: dict[BlockName, Block] = {}
 
     def read(self, readings: Sequence[Reading]) -> list[Context]:
@@ -81,9 +84,17 @@ class Reader:
 
     def _block_names(self, part: Part) -> list[BlockName]:
         if isinstance(part, TextPart):
-            return [("text", part.text)]
+            return self._meet_text(part.text)
         digest = self._meet(part.image)
         return [("vae", digest), ("vit", digest)]
+
+    def _meet_text(self, text: str) -> list[BlockName]:
+        """The names of a text's blocks, a long one's pieces in order; builds them if it is new."""
+        if text not in self.texts:
+            blocks = split_text_block(build_text_block(self.model, text))
+            self.texts[text] = [("text", block.ids) for block in blocks]
+            self.blocks.update(zip(self.texts[text], blocks, strict=True))
+        return self.texts[text]
 
     def _meet(self, image: Image.Image) -> str:
         """A digest of the picture's content; prepares it if it is new."""
@@ -94,9 +105,8 @@ class Reader:
         return digest
 
     def _build_blocks(self, names: Iterable[BlockName]) -> None:
-        """Encode every text and picture that was not met before; pictures in batches."""
+        """Encode every picture that was not met before, in batches."""
         new = [name for name in names if name not in self.blocks]
-        self.blocks.update({name: build_text_block(self.model, name[1]) for name in new if name[0] == "text"})
         for kind, build in (("vae", build_vae_blocks), ("vit", build_vit_blocks)):
             own = [name for name in new if name[0] == kind]
             pixels = [getattr(self.pictures[digest], f"{kind}_CHW") for _, digest in own]
