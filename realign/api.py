@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,10 @@ class GenerateOptions:
     max_reasoning_tokens: int = 512
 
     def settings(self) -> Settings:
-        """As the runtime takes them. Raises: ValueError for a value that is out of range."""
+        """As the runtime takes them. Raises: ValueError for a value that cannot be used."""
+        self._check_kinds()
+        if self.reasoning not in PROGRAMS:
+            raise ValueError(f"reasoning is {self.reasoning!r}: must be one of {', '.join(PROGRAMS)}")
         guidance = GuidanceSettings(
             self.text_guidance_scale,
             self.image_guidance_scale,
@@ -54,6 +58,27 @@ class GenerateOptions:
         return Settings(
             self.height, self.width, self.reasoning, self.steps, self.timestep_shift, guidance, text
         )
+
+    def _check_kinds(self) -> None:
+        """Every value is of its default's kind: text, a whole number, a number, or numbers."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            kind, what = _KINDS[type(field.default)]
+            numbers = value if kind is Sequence and isinstance(value, Sequence) else ()
+            if not isinstance(value, kind) or not all(isinstance(number, Real) for number in numbers):
+                raise ValueError(f"{field.name} is {value!r}: must be {what}")
+
+
+# By the type of an option's default; those without one are sizes.
+_KINDS = {
+    str: (str, "text"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    tuple: (Sequence, "two numbers"),
+    type(None): (Integral, "a whole number"),
+}
 
 
 class Generator:
@@ -86,13 +111,18 @@ class Generator:
             `trajectory`.
         Raises: ValueError for a prompt or option that cannot be used.
         """
+        for name, value, least in (
+            ("num_images", num_images, 1),
+            ("seed", seed, 0),
+            ("batch_size", batch_size, 1),
+        ):
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name} is {value!r}: must be a whole number, at least {least}")
         requests = build_requests(prompts, build_settings(**options), num_images, seed)
         for mode in sorted({request.settings.reasoning for request in requests}):
             warning = describe_untrained(self.model.config, mode)
             if warning:
                 warnings.warn(warning, stacklevel=2)
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: must be at least 1")
         return [sample for batch in _batches(requests, batch_size) for sample in self.engine.run(batch)]
 
 

@@ -79,11 +79,8 @@ def check_lengths(model: ModelFolder, prompts: PromptFile) -> None:
     long = [entry for entry in prompts.entries if sum(map(len, map(str.encode, entry.texts))) > limit]
     if not long:
         return
-    from transformers.utils.logging import set_verbosity_error
-
     from realign.model.tokenizer import Tokenizer
 
-    set_verbosity_error()  # it would warn of the very lengths that are checked here
     tokenizer = Tokenizer.load(model.path)
     for entry in long:
         count = sum(len(tokenizer.encode(text)) for text in entry.texts)

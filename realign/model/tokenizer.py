@@ -60,7 +60,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, without markers around it."""
-        return self._backend.encode(text, add_special_tokens=False)
+        # Not verbose: a text that is too long is for the caller to refuse, in one line.
+        return self._backend.encode(text, add_special_tokens=False, verbose=False)
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids, markers included."""

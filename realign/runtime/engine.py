@@ -130,13 +130,15 @@ class Engine:
     def run(self, requests: Sequence[Request]) -> list[Sample]:
         """All requests as one batch.
 
-        Raises: ValueError, before any work, for a reasoning mode without a program or a size that does not
-            fit.
+        Raises: ValueError, before any work, for a reasoning mode without a program, a size that does not
+            fit, or more text than the model has positions for.
         """
         return _Batch(self, requests).run()
 
     def check(self, request: Request, size: tuple[int, int]) -> None:
-        """Raise ValueError for a reasoning mode without a program, or a size that the model cannot draw."""
+        """Raise ValueError for a reasoning mode without a program, a size that the model cannot draw, or more
+        text than it can read.
+        """
         mode, config = request.settings.reasoning, self.model.config
         if mode not in self.programs:
             known = ", ".join(self.programs)
@@ -146,6 +148,18 @@ class Engine:
             if side % stride or not stride <= side <= largest:
                 bounds = f"a multiple of {stride} from {stride} to {largest}"
                 raise ValueError(f"request {request.id!r}: {name} {side} must be {bounds}")
+        self._check_length(request)
+
+    def _check_length(self, request: Request) -> None:
+        """A byte-level tokenizer makes at most one token of a byte, so that most prompts are not counted."""
+        texts = [part.text for part in request.prompt.parts if isinstance(part, TextPart)]
+        limit = self.model.config.llm.max_position_embeddings
+        if sum(len(text.encode()) for text in texts) <= limit:
+            return
+        count = sum(len(self.model.tokenizer.encode(text)) for text in texts)
+        if count > limit:
+            what = f"the prompt has {count} tokens, the model reads at most {limit}"
+            raise ValueError(f"request {request.id!r}: {what}: shorten it")
 
 
 @dataclass(eq=False)

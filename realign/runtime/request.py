@@ -45,7 +45,7 @@ class Prompt:
         if isinstance(value, Prompt):
             return value
         if not isinstance(value, (str, Sequence)):
-            raise ValueError(f"prompt is {value!r}: must be text or a list of texts and pictures")
+            raise ValueError(f"prompt is {_show(value)}: must be text or a list of texts and pictures")
         parts = tuple(_build_part(part) for part in ([value] if isinstance(value, str) else value))
         if not any(isinstance(part, TextPart) for part in parts):
             raise ValueError("the prompt has no text: add a text that says what to draw")
@@ -64,13 +64,35 @@ def _build_part(value: Any) -> Part:
         expected = {"text": str, "image": Image.Image}.get(name)
         if expected is None or not isinstance(value, expected):
             raise ValueError(
-                f"prompt part {name!r} is {value!r}: must be {{'text': str}} or {{'image': PIL image}}"
+                f"prompt part {name!r} is {_show(value)}: must be {{'text': str}} or {{'image': PIL image}}"
             )
     if isinstance(value, str):
-        return TextPart(value)
+        return _build_text(value)
     if isinstance(value, Image.Image):
-        return ImagePart(value)
-    raise ValueError(f"prompt part is {value!r}: must be text or a PIL image")
+        return _build_image(value)
+    raise ValueError(f"prompt part is {_show(value)}: must be text or a PIL image")
+
+
+def _build_text(text: str) -> TextPart:
+    if not text.strip():
+        raise ValueError("a text of the prompt is empty: write what to draw")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a text of the prompt is no Unicode ({error.reason}): mend it") from None
+    return TextPart(text)
+
+
+def _build_image(image: Image.Image) -> ImagePart:
+    if 0 in image.size:
+        raise ValueError(f"a picture of the prompt is {image.width}x{image.height}: it has no pixels")
+    return ImagePart(image)
+
+
+def _show(value: object) -> str:
+    """A value for a message: on one line, shortened."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 @dataclass(frozen=True, eq=False)
