@@ -342,7 +342,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where the file is absent. The published `config.json` has a trailing comma."""
     if not path.exists():
         return None
-    text = path.read_text()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:

@@ -84,3 +84,20 @@ def _check_files(folder: Path, files: dict[str, bytes]) -> None:
                 raise ValueError("expected a JSON object")
         except ValueError as error:  # of which both decoding errors are kinds
             raise ValueError(f"{folder / name}: the tokenizer file cannot be read: {error}") from None
+    if {"vocab.json", "merges.txt"} <= files.keys():
+        _check_merges(folder, json.loads(files["vocab.json"]), files["merges.txt"].decode())
+
+
+def _check_merges(folder: Path, vocabulary: dict[str, Any], merges: str) -> None:
+    """Ids are whole numbers; each merge is two pieces that the vocabulary has, and so is what they make."""
+    for piece, number in vocabulary.items():
+        if not isinstance(number, int):
+            raise ValueError(f"{folder / 'vocab.json'}: the id of {piece!r} is {number!r}: must be a number")
+    for line, text in enumerate(merges.split("\n"), start=1):
+        pieces = text.rstrip("\r").split(" ")
+        if pieces == [""] or text.startswith("#version"):
+            continue
+        if len(pieces) != 2 or not {*pieces, "".join(pieces)} <= vocabulary.keys():
+            raise ValueError(
+                f"{folder / 'merges.txt'}: line {line} is {text[:60]!r}: must be two pieces of vocab.json"
+            )

@@ -162,6 +162,12 @@ def test_broken_json_names_file_and_line(published: Path) -> None:
         BagelConfig.load(published)
 
 
+def test_a_file_that_is_no_text_is_named(published: Path) -> None:
+    (published / "llm_config.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(ValueError, match=r"llm_config\.json: not UTF-8 text: .* at byte 0"):
+        BagelConfig.load(published)
+
+
 def test_folder_without_configs(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"neither llm_config\.json nor"):
         BagelConfig.load(tmp_path)

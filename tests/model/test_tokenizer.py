@@ -79,3 +79,21 @@ _CACHE: dict[Path, Tokenizer] = {}
 def _cached(checkpoint: Path) -> Tokenizer:
     """One load for all of hypothesis's examples."""
     return _CACHE.setdefault(checkpoint, _CACHE.get(checkpoint) or Tokenizer.load(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("merges.txt", "#version: 0.2\n{\n", r"merges\.txt: line 2 is '{': must be two pieces"),
+        ("merges.txt", "a b c\n", r"merges\.txt: line 1 is 'a b c'"),
+        ("merges.txt", "a \u4e00\n", r"merges\.txt: line 1 is "),
+        ("vocab.json", '{"a": "b"}', r"vocab\.json: the id of 'a' is 'b'"),
+    ],
+)
+def test_files_that_do_not_make_a_tokenizer(
+    checkpoint: Path, tmp_path: Path, name: str, content: str, said: str
+) -> None:
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=said):
+        Tokenizer.load(tmp_path)
