@@ -37,11 +37,10 @@ def main(args: argparse.Namespace) -> int:
     try:
         check_arguments(args)
         options = WorldOptions(args.split, args.num, args.seed, args.steps, args.reasoning)
-        generator = load(args.model, device=args.device)
+        result = evaluate(load(args.model, device=args.device), options)
     except ValueError as error:
         print_error(error)
         return 2
-    result = evaluate(generator, options)
     print(format_table(result))
     print(json.dumps(result))
     return 0

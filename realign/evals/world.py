@@ -22,6 +22,7 @@ from realign.runtime.request import Prompt, Request, Sample
 from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
 from realign.world.language import read_caption
 from realign.world.oracle import Reading, Verdict, judge, judge_caption, read_pictures
+from realign.world.render import SIZE
 from realign.world.tasks import WorldSample, check_reasoning, num_readings, sample
 
 MODES = {"t2i": ("none",), "in_context": ("none", "ic-cot"), "edit": ("none", "ic-cot")}
@@ -38,14 +39,10 @@ class WorldOptions:
     seed: int = 0
     steps: int = 25
     reasoning: str = "both"
-    text_guidance_scale: float = 4.0
-    image_guidance_scale: float = 1.0
-    timestep_shift: float = 3.0
 
     def settings(self, mode: str) -> Settings:
-        """Greedy reasoning, `steps` timesteps, guidance at every one of them."""
-        guidance = GuidanceSettings(self.text_guidance_scale, self.image_guidance_scale, (0.0, 1.0))
-        return Settings(None, None, mode, self.steps, self.timestep_shift, guidance, TextSettings(256))
+        """`realign generate`'s own settings, greedy reasoning included, but for the number of timesteps."""
+        return Settings(SIZE, SIZE, mode, self.steps, text=TextSettings(256))
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,11 @@ def _measure(
 ) -> list[Outcome]:
     settings = options.settings(mode)
     requests = [build_request(d, f"{d.task}/{i}", settings, options.seed) for i, d in enumerate(drawn)]
-    made = _run(generator, requests)
+    return judge_samples(drawn, _run(generator, requests))
+
+
+def judge_samples(drawn: Sequence[WorldSample], made: Sequence[Sample]) -> list[Outcome]:
+    """What a model made of drawn prompts, in their order; pictures of 64x64."""
     readings = read_pictures([np.asarray(m.image) for m in made])
     return [_judge(d, m, r) for d, m, r in zip(drawn, made, readings, strict=True)]
 
