@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_note("stopped")
         return 130
     except BrokenPipeError:
-        # Who read our output has seen enough (`realign ... | head`); what is still in the buffer goes nowhere.
+        # Who read our output has seen enough (`realign ... | head`); what is still buffered goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 

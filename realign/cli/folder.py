@@ -54,7 +54,13 @@ class RunFolder:
 
     def check(self) -> None:
         """Look, without writing, whether `open` would work. Raises UsageError."""
-        if self.path.exists() and not self.path.is_dir():
+        try:
+            exists = self.path.exists()
+        except OSError as error:  # a name that is too long, say
+            raise UsageError(
+                f"--out {self.path}: cannot be made ({error.strerror}); choose another"
+            ) from error
+        if exists and not self.path.is_dir():
             raise UsageError(f"--out {self.path}: is a file; name a folder")
         self._check_writable()
         if not self.path.exists():

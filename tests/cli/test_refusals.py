@@ -175,6 +175,7 @@ def test_folders_that_are_not_ours(place: Workplace) -> None:
     check_refused(
         place.generate(prompts, "--out", "/proc/nothing/here"), "/proc/nothing/here: cannot be made"
     )
+    check_refused(place.generate(prompts, "--out", place.folder / ("x" * 300)), "x: cannot be made")
 
 
 def test_a_folder_that_cannot_be_written(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
