@@ -135,21 +135,32 @@ def load(
         device: "auto" is "cuda" where there is one, else "cpu".
         dtype: "float32", "bfloat16", or "auto": bfloat16 on a GPU, float32 on a CPU.
 
-    Raises: ValueError for a folder that is not a checkpoint, or an unknown dtype.
+    Raises: ValueError for a folder that is not a checkpoint, or a device or dtype that cannot be used.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(device)
     if dtype == "auto":
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    if not isinstance(dtype, torch.dtype):
-        dtype = find_dtype(dtype)
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = find_dtype(dtype)
     return Generator(Bagel.from_pretrained(path, device=device, dtype=dtype))
 
 
-def find_dtype(name: str) -> torch.dtype:
+def find_device(name: str | torch.device) -> torch.device:
+    """The device that a user named, "auto" for the best, if torch has it here. Raises: ValueError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(name)!r} cannot be used here ({reason}): give cpu") from None
+
+
+def find_dtype(name: str | torch.dtype) -> torch.dtype:
     """The dtype that a user named. Raises: ValueError."""
+    if name in DTYPES.values():
+        return name
     if name not in DTYPES:
-        raise ValueError(f"dtype is {name!r}: must be one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype is {str(name)!r}: must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

@@ -6,9 +6,10 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from realign.api import Generator, build_settings
+from realign.api import Generator, build_settings, load
 from realign.model.bagel import Bagel
 from tests.runtime.conftest import CHECKPOINT
 
@@ -68,3 +69,22 @@ def test_more_text_than_the_model_reads(generator: Generator, capfd: pytest.Capt
     with pytest.raises(ValueError, match=rf"tokens, the model reads at most {limit}: shorten it"):
         generator.generate(["mug " * (2 * limit)], height=16, width=16)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "tpu"}, "device 'tpu' cannot be used here"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+        ({"dtype": "float64"}, "dtype is 'float64': must be one of float32, bfloat16"),
+        ({"dtype": torch.int32}, "dtype is 'torch.int32': must be one of float32, bfloat16"),
+    ],
+)
+def test_a_device_or_dtype_that_cannot_be_used(options: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as raised:
+        load(CHECKPOINT, **options)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_dtype_of_torch() -> None:
+    assert load(CHECKPOINT, device="cpu", dtype=torch.bfloat16).model.dtype is torch.bfloat16
