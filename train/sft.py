@@ -109,18 +109,23 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together."""
+    """This process among those that train together, and the device it trains on."""
 
     rank: int = 0
     size: int = 1
+    device: str = "cpu"
 
     @classmethod
-    def join(cls) -> Ranks:
-        """From torchrun's environment, or alone."""
+    def join(cls, device: str = "auto") -> Ranks:
+        """From torchrun's environment, or alone; "auto" is a GPU for each process where there are any."""
+        if device == "auto":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         if "RANK" not in os.environ:
-            return cls()
-        dist.init_process_group("gloo")  # the model is trained on the CPU
-        return cls(dist.get_rank(), dist.get_world_size())
+            return cls(device=device)
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds up over the processes, in place."""
@@ -157,9 +162,9 @@ class Trainer:
         o = self.recipe.optimization
         for group in self.optimizer.param_groups:
             group["lr"] = o.rate(self.steps_done)
-        counts = self.ranks.sum(
-            torch.tensor([len(batch.ce_index), len(batch.mse_index)], dtype=torch.float64)
-        )
+        batch = batch.to(self.model.device)
+        num_losses = [len(batch.ce_index), len(batch.mse_index)]
+        counts = self.ranks.sum(torch.tensor(num_losses, dtype=torch.float64, device=self.model.device))
         with self._precision():
             losses = packed_losses(self.model, batch)
         ce = losses.ce.sum() / counts[0].clamp(min=1).float()
@@ -256,7 +261,7 @@ def check_same_recipe(saved: dict[str, Any], asked: Recipe, steps_done: int, out
 def run(recipe: Recipe, out: Path, ranks: Ranks) -> None:
     """Trains to the recipe's last step, going on from the newest checkpoint, and exports to out/model."""
     torch.manual_seed(recipe.seed)
-    model = Bagel.from_pretrained(recipe.start).train()
+    model = Bagel.from_pretrained(recipe.start, device=ranks.device).train()
     pool = build_pool(model, recipe, out, ranks)
     data = WorldData(model, recipe.mixture, pool, recipe.seed)
     packer = Packer(model.tokenizer, model.config.vit.patch_dim, model.config.latent_dim)
@@ -335,8 +340,11 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, help="another number of steps than the recipe's")
+    parser.add_argument(
+        "--device", default="auto", help="such as cpu or cuda (default: cuda where there is one)"
+    )
     args = parser.parse_args()
-    ranks = Ranks.join()
+    ranks = Ranks.join(args.device)
     try:
         recipe = Recipe.load(args.recipe)
         if args.steps is not None:

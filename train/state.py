@@ -99,5 +99,6 @@ def load_optimizer_tensors(
             moments.setdefault(name, {})[moment] = value
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if names[id(parameter)] in moments:
-                optimizer.state[parameter] = moments[names[id(parameter)]]
+            found = moments.get(names[id(parameter)], {})
+            if found:
+                optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in found.items()}

@@ -109,8 +109,8 @@ def _encode_pool(path: Path, name: str, model: Bagel, num_scenes: int, seed: int
 
 @torch.no_grad()
 def encode_pictures(model: Bagel, pictures: np.ndarray) -> Tensor:
-    """uint8 [N, H, W, 3] to patchified latents [N, G, C], float32."""
-    return torch.stack(encode_latents(model, [to_pixels(picture) for picture in pictures])).float()
+    """uint8 [N, H, W, 3] to patchified latents [N, G, C], float32 on the CPU."""
+    return torch.stack(encode_latents(model, [to_pixels(picture) for picture in pictures])).float().cpu()
 
 
 class WorldData:
@@ -162,8 +162,8 @@ class WorldData:
             latent = self._latent_of_reference(_look(reference.shows))
         patches = patchify_pixels(to_pixels(reference.picture), self.model.config.vit.patch_size)
         return [
-            LatentTurn(latent, latent_position_ids(self.model, side, side)),
-            ViTTurn(patches, vit_position_ids(self.model, side, side)),
+            LatentTurn(latent, latent_position_ids(self.model, side, side).cpu()),
+            ViTTurn(patches, vit_position_ids(self.model, side, side).cpu()),
         ]
 
     def _encode_reference(self, look: Object | str) -> Tensor:
@@ -174,7 +174,7 @@ class WorldData:
         even = 1 / (1 + np.exp(-rng.standard_normal()))
         time = float(shift_time(even, self.mixture.timestep_shift))
         noise = torch.from_numpy(rng.standard_normal(latent.shape, dtype=np.float32))
-        return LatentTurn(latent, latent_position_ids(self.model, SIZE, SIZE), time, noise)
+        return LatentTurn(latent, latent_position_ids(self.model, SIZE, SIZE).cpu(), time, noise)
 
 
 def _look(shows: Object | str) -> Object | str:

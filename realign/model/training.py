@@ -11,7 +11,7 @@ sees itself whole, and a picture that is being noised is seen by nothing but its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,11 @@ class PackedBatch:
     ce_index: Tensor
     labels: Tensor
     mse_index: Tensor
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its tensors on a device."""
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "splits"}
+        return PackedBatch(splits=self.splits, **tensors)
 
 
 @dataclass
