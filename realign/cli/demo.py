@@ -10,12 +10,14 @@ from PIL import Image
 
 from realign.cli.console import UsageError, print_error
 from realign.cli.files import Staging, dump_line
+from realign.cli.fits import check_given_size
 from realign.cli.folder import HIDDEN, check_empty
-from realign.cli.generate import run_command
+from realign.cli.generate import resolve_device, run_command
+from realign.cli.models import ModelFolder
 from realign.cli.options import RunOptions, add_run_arguments
 from realign.world.tasks import WorldSample, sample
 
-PROMPTS_FOLDER = "prompts"
+PROMPTS_FOLDER, PROMPTS_FILE = "prompts", "prompts.jsonl"
 # Tasks of the world in the order of the demo's prompts, repeated; scenes that no model was trained on.
 TASKS = ("in_context", "edit", "in_context", "t2i", "edit", "in_context")
 SPLIT = "test"
@@ -36,12 +38,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 
 def main(args: argparse.Namespace) -> int:
+    args.prompts = Path(args.out) / PROMPTS_FOLDER / PROMPTS_FILE
+    options = RunOptions.from_args(args)
     try:
-        args.prompts = write_prompts(Path(args.out), args.num_prompts)
+        # What can be refused without prompts is refused before there are any.
+        options.check()
+        resolve_device(options.device, options.dtype)
+        check_given_size(options.picture, ModelFolder.find(options.model).config)
+        write_prompts(options.out, args.num_prompts)
     except UsageError as error:
         print_error(error)
         return 2
-    return run_command(RunOptions.from_args(args), allowed=(PROMPTS_FOLDER,))
+    return run_command(options, allowed=(PROMPTS_FOLDER,))
 
 
 def write_prompts(out: Path, num_prompts: int) -> Path:
@@ -53,7 +61,7 @@ def write_prompts(out: Path, num_prompts: int) -> Path:
     drawn = [sample(TASKS[i % len(TASKS)], i, split=SPLIT) for i in range(num_prompts)]
     lines = "".join(dump_line(_describe(index, one)) for index, one in enumerate(drawn))
     folder = out / PROMPTS_FOLDER
-    path = folder / "prompts.jsonl"
+    path = folder / PROMPTS_FILE
     if path.exists() and path.read_text(encoding="utf-8") == lines:
         return path
     if path.exists():
@@ -74,7 +82,7 @@ def _write(folder: Path, drawn: list[WorldSample], lines: str) -> None:
             staging.write(
                 folder / _picture_name(index, number), lambda file, image=image: image.save(file, "PNG")
             )
-    staging.write_text(folder / "prompts.jsonl", lines)
+    staging.write_text(folder / PROMPTS_FILE, lines)
 
 
 def _describe(index: int, drawn: WorldSample) -> dict[str, object]:

@@ -55,11 +55,22 @@ def test_the_demo_on_mini(place: Workplace) -> None:
     assert all(record["reasoning"]["error"] is None for record in records)
 
 
-@pytest.mark.parametrize("arguments", [("--num-prompts", 0), ("--steps", 1), ("--out", "/proc/nothing")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--num-prompts", 0),
+        ("--steps", 1),
+        ("--out", "/proc/nothing"),
+        ("--model", "nowhere"),
+        ("--device", "tpu"),
+        ("--height", 17, "--width", 16),
+    ],
+)
 def test_bad_settings_are_refused(place: Workplace, arguments: tuple) -> None:
     outcome = demo(place, *arguments)
     assert outcome.code == 2
     assert len(outcome.err.splitlines()) == 1
+    assert not place.out.exists()
 
 
 def test_another_number_of_prompts_is_another_demo(place: Workplace) -> None:
