@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from realign.cli.console import print_error
+from realign.cli.console import print_error, print_note
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         check_arguments(args)
         options = WorldOptions(args.split, args.num, args.seed, args.steps, args.reasoning)
-        result = evaluate(load(args.model, device=args.device), options)
+        result = evaluate(load(args.model, device=args.device), options, report=print_note)
     except ValueError as error:
         print_error(error)
         return 2

@@ -9,7 +9,7 @@ there that should not be, the background is right, and what had to stay stayed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,8 +54,10 @@ class Outcome:
     shows_caption: bool | None
 
 
-def evaluate(generator: Generator, options: WorldOptions) -> dict[str, Any]:
-    """Runs the benchmark.
+def evaluate(
+    generator: Generator, options: WorldOptions, report: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Runs the benchmark; `report` gets a line as each part of it is done.
 
     Returns: `{"t2i": R, "in_context": {"none": R, "ic-cot": R}, "edit": {..}, "reasoning_correct": p,
         "distinct_chains": d, "margin": {task: {"all_right": p, "se": s}}}`, where R is `{"all_right", "se",
@@ -67,9 +69,12 @@ def evaluate(generator: Generator, options: WorldOptions) -> dict[str, Any]:
     margins: dict[str, Any] = {}
     for task, modes in MODES.items():
         drawn = [sample(task, i, options.seed, options.split) for i in range(options.num)]
-        outcomes = {mode: _measure(generator, drawn, options, mode) for mode in modes if mode in wanted}
+        outcomes = {}
+        for mode in [mode for mode in modes if mode in wanted] or ["ic-cot"]:
+            outcomes[mode] = _measure(generator, drawn, options, mode)
+            row = _summarise(outcomes[mode])
+            report(f"{task}, reasoning {mode}: {row['all_right']:.3f} of {row['n']} pictures are all-right")
         if task == "t2i":
-            outcomes = outcomes or {"ic-cot": _measure(generator, drawn, options, "ic-cot")}
             result[task] = _summarise(next(iter(outcomes.values())))
             continue
         result[task] = {mode: _summarise(found) for mode, found in outcomes.items()}

@@ -38,8 +38,8 @@ class Wish:
         if self.reference is not None:
             size = f" as a {self.thing.size} one" if self.size_named else ""
             return f"the object of image {self.reference}{size}"
-        size = f"{self.thing.size} " if self.size_named else ""
-        return f"a {size}{self.thing.name}"
+        named = f"{self.thing.size} {self.thing.name}" if self.size_named else self.thing.name
+        return f"{'an' if named.startswith('o') else 'a'} {named}"
 
     def phrase(self) -> str:
         """The object, and its place if that is named."""
