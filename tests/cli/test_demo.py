@@ -45,7 +45,6 @@ def test_the_demo_refuses_what_is_not_its_own(place: Workplace) -> None:
     assert list_files(place.out) == ["thesis.txt"]
 
 
-@pytest.mark.skipif(not (ROOT / "realign" / "assets" / "mini").is_dir(), reason="mini is not trained yet")
 def test_the_demo_on_mini(place: Workplace) -> None:
     outcome = place.run("demo", "--out", place.out, "--num-prompts", 4, "--steps", 6, "--device", "cpu")
     assert outcome.code == 0, outcome.err

@@ -89,7 +89,8 @@ def _diffusers_state(state: dict[str, torch.Tensor], num_levels: int) -> dict[st
 
 
 def test_same_function_as_diffusers() -> None:
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers  # imported late: it takes seconds
+
     config = AutoencoderConfig(downsample=4, ch=8, ch_mult=(1, 2, 4), z_channels=4, norm_num_groups=4)
     torch.manual_seed(0)
     ours = Autoencoder(config)
