@@ -6,7 +6,7 @@ import pytest
 
 from realign.cli.demo import TASKS, write_prompts
 from realign.data.readers import load_references, read_prompts
-from tests.cli.support import ROOT, Workplace, list_files, read_records
+from tests.cli.support import Workplace, list_files, read_records
 
 
 def demo(place: Workplace, *arguments: object):
