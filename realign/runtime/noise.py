@@ -68,11 +68,6 @@ def normal(key: NoiseKey, shape: Sequence[int]) -> Tensor:
     return normals([key], [math.prod(shape)])[0].view(*shape)
 
 
-def uniform(key: NoiseKey, num: int) -> Tensor:
-    """Uniforms in [0, 1), float32 [num]."""
-    return _to_unit(_draw([key], [num]), 0).flatten()[:num]
-
-
 def normals(keys: Sequence[NoiseKey], sizes: Sequence[int]) -> list[Tensor]:
     """`normal` for many keys at once: float32 [sizes[i]] for each key."""
     words_B4 = _draw(keys, sizes)
