@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from realign.model import weights
 from realign.model.autoencoder import Autoencoder
 from realign.model.config import BagelConfig
 from realign.model.embeddings import Connector, PositionEmbedding, TimestepEmbedder
+from realign.model.linear import RowLinear, linear_by_rows
 from realign.model.mot import MixtureOfTransformers
 from realign.model.tokenizer import Tokenizer
 from realign.model.vit import VisionTransformer
@@ -43,8 +43,8 @@ class Bagel(nn.Module):
         self.vit_position = PositionEmbedding(config.vit_max_num_patch_per_side, width)
         self.time_embedder = TimestepEmbedder(width)
         self.latent_position = PositionEmbedding(config.max_latent_size, width)
-        self.vae2llm = nn.Linear(config.latent_dim, width)
-        self.llm2vae = nn.Linear(width, config.latent_dim)
+        self.vae2llm = RowLinear(config.latent_dim, width)
+        self.llm2vae = RowLinear(width, config.latent_dim)
         self.autoencoder = Autoencoder(config.autoencoder)
         self._initialise()
 
@@ -115,7 +115,7 @@ class Bagel(nn.Module):
     def logits(self, hidden_LE: torch.Tensor) -> torch.Tensor:
         """Final hidden states to scores of the next token, [L, V]."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden_LE, head.weight)
+        return linear_by_rows(hidden_LE, head.weight)
 
     def velocity(self, hidden_LE: torch.Tensor) -> torch.Tensor:
         """Final hidden states of latent tokens to flow velocities `noise - clean`, [L, C]."""

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from realign.model.linear import RowLinear
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
@@ -35,7 +37,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.num_features, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(RowLinear(self.num_features, width), nn.SiLU(), RowLinear(width, width))
 
     def forward(self, timestep_L: torch.Tensor) -> torch.Tensor:
         """Times in [0, 1], shape [L], to [L, E]; the sinusoids are computed in float32."""
@@ -68,8 +70,8 @@ class Connector(nn.Module):
     def __init__(self, width_in: int, width_out: int, activation: str) -> None:
         super().__init__()
         self.activation = find_activation(activation)
-        self.fc1 = nn.Linear(width_in, width_out)
-        self.fc2 = nn.Linear(width_out, width_out)
+        self.fc1 = RowLinear(width_in, width_out)
+        self.fc2 = RowLinear(width_out, width_out)
 
     def forward(self, hidden_LE: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation(self.fc1(hidden_LE)))

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from realign.model.config import LLMConfig
+from realign.model.linear import RowLinear
 from realign_kernels import apply_rope, rms_norm, swiglu
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -129,16 +130,16 @@ class Expert(nn.Module):
         width, head_dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
         self.head_dim = head_dim
         self.input_norm = RMSNorm(width, eps)
-        self.q_proj = nn.Linear(width, config.num_attention_heads * head_dim)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * head_dim)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * head_dim)
+        self.q_proj = RowLinear(width, config.num_attention_heads * head_dim)
+        self.k_proj = RowLinear(width, config.num_key_value_heads * head_dim)
+        self.v_proj = RowLinear(width, config.num_key_value_heads * head_dim)
         self.q_norm = RMSNorm(head_dim, eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, eps) if config.qk_norm else nn.Identity()
-        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, width, bias=False)
+        self.o_proj = RowLinear(config.num_attention_heads * head_dim, width, bias=False)
         self.post_attention_norm = RMSNorm(width, eps)
-        self.gate_proj = nn.Linear(width, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(width, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
+        self.gate_proj = RowLinear(width, config.intermediate_size, bias=False)
+        self.up_proj = RowLinear(width, config.intermediate_size, bias=False)
+        self.down_proj = RowLinear(config.intermediate_size, width, bias=False)
 
     def project(
         self, hidden_LE: torch.Tensor, rope: RopeTable

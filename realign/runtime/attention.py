@@ -1,8 +1,9 @@
 """Attention of packed new tokens to their rows' contexts and to each other, by padding.
 
-A row is a context and the new tokens after it. Rows of like length are padded together once, when a call (or
-a whole denoising loop) begins; after that every layer is one fused attention per group of rows. Padding is
-zeros, behind a mask.
+A row is a context and the new tokens after it. Rows that are padded to one shape go together, once, when a
+call (or a whole denoising loop) begins; after that every layer is one fused attention per group of rows.
+Padding is zeros, behind a mask; how much there is follows from the row alone, so that its bits do not depend
+on the others.
 
 N layers, R rows, H query heads, K key-value heads, G = H / K, D head dim, L packed new tokens, Q padded new
 tokens of a row, C padded context tokens of a row.
@@ -10,7 +11,7 @@ tokens of a row, C padded context tokens of a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,9 +23,9 @@ from realign.model.bagel import Bagel
 if TYPE_CHECKING:
     from realign.runtime.context import Context
 
-# Rows are padded together while the longest is at most this many times, or this many tokens, longer than the
-# shortest.
-MAX_RATIO, MAX_EXTRA = 2.0, 256
+# Contexts are padded to multiples of this many tokens, or, where that is more, of a sixteenth to an eighth of
+# their length; causal new tokens to multiples of `NEW_MULTIPLE`.
+PAST_MULTIPLE, NEW_MULTIPLE = 64, 16
 
 
 class PaddedAttention:
@@ -39,7 +40,12 @@ class PaddedAttention:
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
-        groups = group_rows([context.length for context in contexts])
+        groups = group_rows(
+            [
+                (padded_length(context.length), padded_new(length, causal))
+                for context, length, causal in zip(contexts, lengths, is_causal, strict=True)
+            ]
+        )
         self.groups = [
             _Group(model, *([values[row] for row in rows] for values in (contexts, lengths, is_causal)))
             for rows in groups
@@ -63,8 +69,8 @@ class _Group:
     def __init__(
         self, model: Bagel, contexts: Sequence[Context], lengths: Sequence[int], is_causal: Sequence[bool]
     ) -> None:
-        self.num_rows, self.num_new = len(lengths), max(lengths)
-        self.num_past = max(context.length for context in contexts)
+        self.num_rows, self.num_new = len(lengths), padded_new(lengths[0], is_causal[0])
+        self.num_past = padded_length(contexts[0].length)
         self.key_NRKSD, self.value_NRKSD = pad_contexts(model, contexts, self.num_new)
         self.groups = model.config.llm.num_attention_heads // model.config.llm.num_key_value_heads
         self.slot_L = self._find_slots(lengths, model.device)
@@ -137,7 +143,7 @@ def grouped_attention(
 def pad_contexts(model: Bagel, contexts: Sequence[Context], num_extra: int) -> tuple[Tensor, Tensor]:
     """Keys and values of all contexts, and room behind them: two tensors [N, R, K, C + num_extra, D]."""
     llm = model.config.llm
-    num_past = max(context.length for context in contexts)
+    num_past = max(padded_length(context.length) for context in contexts)
     shape = (
         llm.num_hidden_layers,
         len(contexts),
@@ -155,16 +161,26 @@ def pad_contexts(model: Bagel, contexts: Sequence[Context], num_extra: int) -> t
     return key, value
 
 
-def group_rows(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows to pad together, from the shortest on; a group ends where the padding would grow too large."""
-    groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        shortest = lengths[groups[-1][0]] if groups else -1
-        if groups and lengths[row] <= max(MAX_RATIO * shortest, shortest + MAX_EXTRA):
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return [sorted(group) for group in groups]
+def padded_length(length: int) -> int:
+    """The tokens that a context is padded to: a function of its own length, so that its sums are its own.
+
+    (A longer padding is masked all the same, but where a sum is cut into vectors moves its last bits.)
+    """
+    multiple = max(PAST_MULTIPLE, 2 ** (length.bit_length() - 4)) if length else 1
+    return -(-length // multiple) * multiple
+
+
+def padded_new(length: int, is_causal: bool) -> int:
+    """The same of new tokens. Pictures come in few sizes, and are not padded."""
+    return -(-length // NEW_MULTIPLE) * NEW_MULTIPLE if is_causal else length
+
+
+def group_rows(shapes: Sequence[Hashable]) -> list[list[int]]:
+    """The rows of each padded shape, in their order."""
+    groups: dict[Hashable, list[int]] = {}
+    for row, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(row)
+    return list(groups.values())
 
 
 def pack_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

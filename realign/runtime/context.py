@@ -132,7 +132,7 @@ def build_vae_blocks(model: Bagel, pictures_CHW: Sequence[Tensor]) -> list[Pictu
 def build_vit_blocks(model: Bagel, pictures_CHW: Sequence[Tensor]) -> list[PictureBlock]:
     """Pixels in [-1, 1], sides multiples of the ViT's patch, to blocks of features."""
     blocks: dict[int, PictureBlock] = {}
-    for indexes in _batches_of_size(pictures_CHW):
+    for indexes in _batches_of_size(pictures_CHW, model.device):
         patch = model.config.vit.patch_size
         patches = [patchify_pixels(pictures_CHW[index].to(model.device), patch) for index in indexes]
         position = [vit_position_ids(model, *pictures_CHW[index].shape[1:]) for index in indexes]
@@ -148,7 +148,7 @@ def build_vit_blocks(model: Bagel, pictures_CHW: Sequence[Tensor]) -> list[Pictu
 def encode_latents(model: Bagel, pictures_CHW: Sequence[Tensor]) -> list[Tensor]:
     """Latent tokens [L, C] of pictures; those of one size in one call of the autoencoder."""
     latents: dict[int, Tensor] = {}
-    for indexes in _batches_of_size(pictures_CHW):
+    for indexes in _batches_of_size(pictures_CHW, model.device):
         pixels_BCHW = torch.stack([pictures_CHW[index] for index in indexes]).to(model.device, model.dtype)
         pixels_BCHW = pixels_BCHW.contiguous(memory_format=torch.channels_last)  # faster convolutions
         for index, latent_CHW in zip(indexes, model.autoencoder.encode(pixels_BCHW), strict=True):
@@ -226,11 +226,17 @@ def _is_gen(block: Block) -> Tensor:
     return mask_L
 
 
-def _batches_of_size(pictures_CHW: Sequence[Tensor]) -> Iterable[list[int]]:
-    """Indexes of pictures of one size, as many as fit `MAX_ENCODE_PIXELS`, at least one."""
+def num_pictures_at_once(device: torch.device, height: int, width: int) -> int:
+    """Pictures in a call of autoencoder or ViT. On a CPU one: that is faster there, and the last bits of
+    a convolution depend on the size of its batch."""
+    return 1 if device.type == "cpu" else max(1, MAX_ENCODE_PIXELS // (height * width))
+
+
+def _batches_of_size(pictures_CHW: Sequence[Tensor], device: torch.device) -> Iterable[list[int]]:
+    """Indexes of pictures of one size, as many as are encoded at once."""
     by_size: dict[torch.Size, list[int]] = {}
     for index, pixels_CHW in enumerate(pictures_CHW):
         by_size.setdefault(pixels_CHW.shape, []).append(index)
     for (_, height, width), indexes in by_size.items():
-        count = max(1, MAX_ENCODE_PIXELS // (height * width))
+        count = num_pictures_at_once(device, height, width)
         yield from (indexes[start : start + count] for start in range(0, len(indexes), count))

@@ -19,7 +19,7 @@ from torch import Tensor
 from realign.model.bagel import Bagel, unpatchify_latent
 from realign.model.config import BagelConfig
 from realign.runtime.attention import pack_rows
-from realign.runtime.context import MAX_ENCODE_PIXELS, Context
+from realign.runtime.context import Context, num_pictures_at_once
 from realign.runtime.guidance import Branch
 from realign.runtime.noise import NoiseKey
 from realign.runtime.prepare import PreparedPicture, fit_picture, to_picture
@@ -282,7 +282,7 @@ def decode_pictures(model: Bagel, jobs: Sequence[DenoiseJob], latents: Sequence[
     images: dict[int, Image.Image] = {}
     for (height, width), rows in by_size.items():
         grid = (height // config.latent_stride, width // config.latent_stride)
-        count = max(1, MAX_ENCODE_PIXELS // (height * width))
+        count = num_pictures_at_once(model.device, height, width)
         for start in range(0, len(rows), count):
             part = rows[start : start + count]
             maps = [unpatchify_latent(latents[row], *grid, config.latent_patch_size) for row in part]

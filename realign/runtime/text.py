@@ -14,7 +14,7 @@ from torch import Tensor
 
 from realign.model.bagel import Bagel
 from realign.model.mot import Route
-from realign.runtime.attention import grouped_attention, pad_contexts
+from realign.runtime.attention import group_rows, grouped_attention, pad_contexts, padded_length
 from realign.runtime.context import Context
 from realign.runtime.noise import NoiseKey, token_uniforms
 from realign.runtime.request import TextTurn
@@ -33,10 +33,15 @@ def decode_text(
         contexts, settings: one for each text.
         keys: noise keys of stream "text"; token i uses step i.
     """
-    if not contexts:
-        return []
-    rows = [_Row(number, *given) for number, given in enumerate(zip(settings, keys, strict=True))]
-    writing, decoder = rows, TextDecoder(model, contexts)
+    rows = [_Row(*given) for given in zip(settings, keys, strict=True)]
+    for group in group_rows([padded_length(context.length) for context in contexts]):
+        _write(model, [contexts[row] for row in group], [rows[row] for row in group])
+    return [row.finish(model) for row in rows]
+
+
+def _write(model: Bagel, contexts: Sequence[Context], rows: Sequence[_Row]) -> None:
+    """Fills the rows; their contexts are padded to one length."""
+    writing, decoder = list(rows), TextDecoder(model, contexts)
     token_R = torch.full((len(rows),), model.tokenizer.bos)
     while writing:
         token_R = choose_tokens(decoder.step(token_R), *_sampling_numbers(writing))
@@ -46,18 +51,17 @@ def decode_text(
             keep = [index for index, row in enumerate(writing) if not row.is_done]
             writing, token_R = [writing[index] for index in keep], token_R[keep]
             decoder.keep(keep)
-    return [row.finish(model) for row in rows]
 
 
 class TextDecoder:
     """Reads one token a row and step, and scores the next; keys and values grow in place.
 
-    Contexts are padded once; new tokens go to a common column behind the longest context.
+    Contexts are padded once; new tokens go to a common column behind the longest padding.
     """
 
     def __init__(self, model: Bagel, contexts: Sequence[Context]) -> None:
         self.model = model
-        self.num_used = max(context.length for context in contexts)
+        self.num_used = max(padded_length(context.length) for context in contexts)
         self.key_NRKSD, self.value_NRKSD = pad_contexts(model, contexts, MIN_ROOM)
         past_R1 = torch.tensor([context.length for context in contexts])[:, None]
         is_padding = (torch.arange(self.key_NRKSD.shape[3]) >= past_R1) & (
@@ -144,7 +148,6 @@ def _keep_likeliest(weight_RV: Tensor, top_p_R: Tensor) -> Tensor:
 class _Row:
     """A text in the making."""
 
-    number: int
     settings: TextSettings
     key: NoiseKey
     ids: list[int] = field(default_factory=list)

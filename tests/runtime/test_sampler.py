@@ -115,10 +115,19 @@ def test_a_mixed_batch_is_each_sample_alone(model, jobs):
         torch.testing.assert_close(latent_LC, plain_denoise(model, job), rtol=1e-5, atol=1e-5)
 
 
-def test_rows_of_very_different_lengths_are_padded_apart(model, jobs, monkeypatch):
+def test_a_job_has_its_own_bits_on_a_cpu(model, jobs):
+    """Padding, products and sums are a function of the job alone: not nearly equal, equal."""
+    together, reversed_ = denoise(model, jobs), denoise(model, jobs[::-1])[::-1]
+    for job, one, other in zip(jobs, together, reversed_, strict=True):
+        (alone,) = denoise(model, [job])
+        assert torch.equal(one, alone)
+        assert torch.equal(other, alone)
+
+
+@pytest.mark.parametrize("multiple", [1, 16, 512])
+def test_padding_moves_only_the_last_bits(model, jobs, monkeypatch, multiple):
     expected = denoise(model, jobs)
-    monkeypatch.setattr("realign.runtime.attention.MAX_EXTRA", 0)
-    monkeypatch.setattr("realign.runtime.attention.MAX_RATIO", 1.0)
+    monkeypatch.setattr("realign.runtime.attention.PAST_MULTIPLE", multiple)
     for ours, theirs in zip(denoise(model, jobs), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 

@@ -1,0 +1,32 @@
+"""Linear layers whose rows do not depend on how many there are.
+
+On a CPU the BLAS (MKL, with one thread and with two) computes the rows beyond a multiple of four by another
+routine while there are few, and their last bits differ: a token would then depend on its company. Small
+products are padded to that multiple; a row's bits are then its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+MULTIPLE, FEW_ROWS = 4, 64
+
+
+def linear_by_rows(
+    x_LE: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`F.linear` of [L, E] rows, each with the bits that it has among any others."""
+    num_rows = x_LE.shape[0]
+    if num_rows >= FEW_ROWS or x_LE.device.type != "cpu":
+        return F.linear(x_LE, weight, bias)
+    padded_LE = F.pad(x_LE, (0, 0, 0, -num_rows % MULTIPLE))
+    return F.linear(padded_LE, weight, bias)[:num_rows]
+
+
+class RowLinear(nn.Linear):
+    """`nn.Linear` over [L, E] rows by `linear_by_rows`."""
+
+    def forward(self, x_LE: torch.Tensor) -> torch.Tensor:
+        return linear_by_rows(x_LE, self.weight, self.bias)
