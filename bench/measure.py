@@ -62,7 +62,7 @@ def measure_op(op: str, shape: Shape, seconds: float) -> list[Row]:
             median_us=round(median, 2),
             p20_us=round(p20, 2),
             p80_us=round(p80, 2),
-            gb_per_s=round(case.num_bytes / median / 1e3, 2),
+            gb_per_s=float(f"{case.num_bytes / median / 1e3:.4g}"),
             ratio_to_torch=round(times[PLAIN][1] / median, 3),
             **machine,
         )
