@@ -1,55 +1,100 @@
 """Which implementation an op runs.
 
-`impl="auto"` is this table, read from the top:
+`impl="auto"` takes the first line that fits, of those that the op has:
 
-| tensors                                             | auto        |
-|-----------------------------------------------------|-------------|
-| CPU, float32/bfloat16/float16, no gradient, built   | `cpp`       |
-| all else                                            | `reference` |
+| tensors                                              | auto        |
+|------------------------------------------------------|-------------|
+| CPU, float32/bfloat16/float16, extension built       | `cpp`       |
+| CUDA, float32/bfloat16/float16, Triton installed     | `triton`    |
+| all else                                             | `reference` |
 
-"built" means that the compiled extension `realign_kernels._C` is there. An explicit `impl=` never falls back:
-what it cannot run is a ValueError that says why.
+Where a gradient is wanted, a path counts only if it has one. `cuda` is never chosen unasked (an op that has it
+says when). An explicit `impl=` never falls back: what it cannot run is a ValueError that says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from realign_kernels import native
+from realign_kernels import launch, native
 
-IMPLS = ("auto", "reference", "cpp")
-CPP_DTYPES = tuple(native.DTYPE_CODES)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def choose_impl(op: str, impl: str, tensors: Iterable[Tensor | None]) -> str:
-    """Return `"reference"` or `"cpp"` for the float tensors of one call of `op`.
+def choose_impl(op: str, impl: str, tensors: Iterable[Tensor | None], paths: Mapping[str, bool]) -> str:
+    """Return `"reference"` or one of `paths` for the float tensors of one call of `op`.
 
-    Raises: ValueError for an unknown `impl`, or for `"cpp"` where it cannot run.
+    Args:
+        paths: the op's implementations beside the reference, and whether each has a backward, best first.
+
+    Raises: ValueError for an unknown `impl`, or for a named one where it cannot run.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"{op}: impl is {impl!r}: must be one of {', '.join(IMPLS)}")
+    if impl not in ("auto", "reference", *paths):
+        raise ValueError(f"{op}: impl is {impl!r}: must be one of {', '.join(('auto', 'reference', *paths))}")
     if impl == "reference":
         return impl
-    obstacle = _find_cpp_obstacle(tensors)
-    if impl == "cpp" and obstacle:
-        raise ValueError(f"{op}: impl='cpp' cannot run: {obstacle}; use impl='auto' or 'reference'")
-    return "reference" if obstacle else "cpp"
+    given = [tensor for tensor in tensors if tensor is not None]
+    if impl != "auto":
+        obstacle = find_obstacle(impl, given, paths[impl])
+        if obstacle:
+            raise ValueError(f"{op}: impl={impl!r} cannot run: {obstacle}; use impl='auto' or 'reference'")
+        return impl
+    for path, has_backward in paths.items():
+        if path != "cuda" and _is_native(path, given) and not find_obstacle(path, given, has_backward):
+            return path
+    return "reference"
 
 
-def _find_cpp_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
-    """Say why the compiled CPU path cannot take these tensors, or None."""
-    if not native.is_available():
-        return native.describe()
+def _is_native(path: str, tensors: list[Tensor]) -> bool:
+    """`triton` on the CPU is an interpreter: for tests, never chosen unasked."""
+    return path != "triton" or bool(tensors) and all(tensor.device.type == "cuda" for tensor in tensors)
+
+
+def find_obstacle(path: str, tensors: list[Tensor], has_backward: bool) -> str | None:
+    """Say why `path` cannot take these tensors, or None."""
+    obstacle = _OBSTACLES[path]()
+    if obstacle:
+        return obstacle
     for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.device.type != "cpu":
-            return f"it runs on the CPU and a tensor is on {tensor.device}"
-        if tensor.dtype not in CPP_DTYPES:
+        if (misplaced := _find_misplaced(path, tensor)) is not None:
+            return misplaced
+        if tensor.dtype not in KERNEL_DTYPES:
             return f"it takes float32, bfloat16 and float16, not {tensor.dtype}"
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if not has_backward and tensor.requires_grad and torch.is_grad_enabled():
             return "it has no gradient and a tensor requires one"
     return None
+
+
+def _find_misplaced(path: str, tensor: Tensor) -> str | None:
+    device = tensor.device.type
+    if path == "cpp" and device != "cpu":
+        return f"it runs on the CPU and a tensor is on {tensor.device}"
+    if path == "triton" and device == "cpu" and not (launch.is_interpreting() or launch.is_recording()):
+        return (
+            "a tensor is on the CPU, where Triton needs its interpreter (TRITON_INTERPRET=1 before the start)"
+        )
+    if path == "cuda" and device != "cuda" or path == "triton" and device not in ("cpu", "cuda"):
+        return f"it runs on a GPU and a tensor is on {tensor.device}"
+    return None
+
+
+def _find_cpp_obstacle() -> str | None:
+    return None if native.is_available() else native.describe()
+
+
+def _find_triton_obstacle() -> str | None:
+    return None if launch.has_triton() else "triton is not installed (pip install triton)"
+
+
+def _find_cuda_obstacle() -> str | None:
+    return None if native.has_cuda() else native.describe_cuda()
+
+
+_OBSTACLES: dict[str, Callable[[], str | None]] = {
+    "cpp": _find_cpp_obstacle,
+    "triton": _find_triton_obstacle,
+    "cuda": _find_cuda_obstacle,
+}

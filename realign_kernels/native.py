@@ -36,6 +36,16 @@ def describe() -> str:
     return _STATE
 
 
+def has_cuda() -> bool:
+    """True if the CUDA kernels were built."""
+    return False
+
+
+def describe_cuda() -> str:
+    """One line: where the CUDA kernels are, or why they are not."""
+    return "no compiled CUDA kernels"
+
+
 def _launch(like_LC: Tensor, velocity_LC: Tensor, renorm: list[int], **arrays: Tensor | None) -> Tensor:
     """Run the core on named arrays; the result is like `like_LC`."""
     out_LC = torch.empty(like_LC.shape, dtype=like_LC.dtype)

@@ -1,14 +1,20 @@
 """Settings for all tests, for busy machines.
 
 One torch thread, because two on two busy cores can be far slower than one; no deadlines for drawn examples,
-because they measure the machine's other work.
+because they measure the machine's other work. Where there is no GPU, Triton's kernels run in its interpreter,
+which must be chosen before Triton is first imported: here.
 """
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:

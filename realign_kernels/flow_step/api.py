@@ -40,7 +40,7 @@ def flow_step(
     check_first("velocity_LC", velocity_LC)
     check_step(sample_LC, "velocity_LC", velocity_LC, cu_seqlens, a_B, b_B, std_B, noise_LC)
     run = flow_step_reference
-    if choose_impl("flow_step", impl, (sample_LC, velocity_LC, noise_LC)) == "cpp":
+    if choose_impl("flow_step", impl, (sample_LC, velocity_LC, noise_LC), {"cpp": False}) == "cpp":
         run = native.flow_step_cpp
     return run(sample_LC, velocity_LC, cu_seqlens, a_B, b_B, std_B, noise_LC)
 

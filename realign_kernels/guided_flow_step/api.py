@@ -48,7 +48,7 @@ def guided_flow_step(
     step = (a_B, b_B, std_B, noise_LC)
     renorms = check_guidance(*branches, *scales, renorm, renorm_min_B)
     check_step(sample_LC, "cond_LC", cond_LC, cu_seqlens, *step)
-    if choose_impl("guided_flow_step", impl, (sample_LC, *branches, noise_LC)) == "cpp":
+    if choose_impl("guided_flow_step", impl, (sample_LC, *branches, noise_LC), {"cpp": False}) == "cpp":
         codes = [native.RENORM_CODES[mode] for mode in renorms]
         return native.guided_flow_step_cpp(sample_LC, *branches, *scales, *step, codes, renorm_min_B)
     return guided_flow_step_reference(sample_LC, *branches, *scales, *step, renorms, renorm_min_B)

@@ -58,7 +58,7 @@ def guided_velocity(
     """
     guidance = (cond_LC, text_uncond_LC, image_uncond_LC, cu_seqlens, text_scale_B, image_scale_B)
     renorms = check_guidance(*guidance, renorm, renorm_min_B)
-    if choose_impl("guided_velocity", impl, guidance[:3]) == "cpp":
+    if choose_impl("guided_velocity", impl, guidance[:3], {"cpp": False}) == "cpp":
         codes = [native.RENORM_CODES[mode] for mode in renorms]
         return native.guided_velocity_cpp(*guidance, codes, renorm_min_B)
     return guided_velocity_reference(*guidance, renorms, renorm_min_B)

@@ -5,6 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from realign_kernels import launch
+from tests.kernels.interpreter import install_bfloat16
+
+if launch.is_interpreting():
+    install_bfloat16()
+
 
 @pytest.fixture(autouse=True)
 def poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,18 +79,26 @@ def test_rounding_to_half_is_that_of_torch(dtype):
     assert torch.equal(_copy(x, dtype), x.to(dtype))
 
 
+PATHS = {"cpp": False, "triton": False}
+
+
 def test_auto_follows_its_table(monkeypatch):
+    def choose(*tensors, paths=PATHS):
+        return dispatch.choose_impl("op", "auto", tensors, paths)
+
     float32, float64 = torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.float64)
     trained = torch.zeros(2, 2, requires_grad=True)
     built = "cpp" if native.is_available() else "reference"
-    assert dispatch.choose_impl("op", "auto", (float32, None)) == built
-    assert dispatch.choose_impl("op", "auto", (float32, float64)) == "reference"
-    assert dispatch.choose_impl("op", "auto", (trained,)) == "reference"
+    assert choose(float32, None) == built
+    assert choose(float32, float64) == "reference"
+    assert choose(trained) == "reference"
+    assert choose(trained, paths={"cpp": True}) == built
+    assert choose(float32, paths={"triton": True}) == "reference"
     with torch.no_grad():
-        assert dispatch.choose_impl("op", "auto", (trained,)) == built
-    assert dispatch.choose_impl("op", "auto", (torch.zeros(2, device="meta"),)) == "reference"
+        assert choose(trained) == built
+    assert choose(torch.zeros(2, device="meta")) == "reference"
     monkeypatch.setattr(native, "_C", None)
-    assert dispatch.choose_impl("op", "auto", (float32,)) == "reference"
+    assert choose(float32) == "reference"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +112,7 @@ def test_auto_follows_its_table(monkeypatch):
 @needs_cpp
 def test_explicit_cpp_never_falls_back(tensor, reason):
     with pytest.raises(ValueError, match=f"op: impl='cpp' cannot run: .*{reason}"):
-        dispatch.choose_impl("op", "cpp", (tensor,))
+        dispatch.choose_impl("op", "cpp", (tensor,), PATHS)
 
 
 def test_explicit_cpp_without_the_extension_says_so(monkeypatch):
