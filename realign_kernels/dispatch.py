@@ -8,8 +8,8 @@
 | CUDA, float32/bfloat16/float16, Triton installed     | `triton`    |
 | all else                                             | `reference` |
 
-Where a gradient is wanted, a path counts only if it has one. `cuda` is never chosen unasked (an op that has it
-says when). An explicit `impl=` never falls back: what it cannot run is a ValueError that says why.
+Where a gradient is wanted, a path counts only if it has one. `cuda` is never chosen unasked. An explicit
+`impl=` never falls back: what it cannot run is a ValueError that says why.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def choose_impl(op: str, impl: str, tensors: Iterable[Tensor | None], paths: Map
 
 def _is_native(path: str, tensors: list[Tensor]) -> bool:
     """`triton` on the CPU is an interpreter: for tests, never chosen unasked."""
-    return path != "triton" or bool(tensors) and all(tensor.device.type == "cuda" for tensor in tensors)
+    return path != "triton" or (bool(tensors) and all(tensor.device.type == "cuda" for tensor in tensors))
 
 
 def find_obstacle(path: str, tensors: list[Tensor], has_backward: bool) -> str | None:
@@ -76,7 +76,7 @@ def _find_misplaced(path: str, tensor: Tensor) -> str | None:
         return (
             "a tensor is on the CPU, where Triton needs its interpreter (TRITON_INTERPRET=1 before the start)"
         )
-    if path == "cuda" and device != "cuda" or path == "triton" and device not in ("cpu", "cuda"):
+    if (path == "cuda" and device != "cuda") or (path == "triton" and device not in ("cpu", "cuda")):
         return f"it runs on a GPU and a tensor is on {tensor.device}"
     return None
 

@@ -1,7 +1,7 @@
 """Launches Triton kernels: the one place that starts them, or records what would be started.
 
-Arithmetic is compiled without contraction into fused multiply-adds: a kernel then gives the bits that plain torch
-gives wherever no sum is involved, on every chip. Triton is optional: without it nothing here is called.
+Arithmetic is compiled without contraction into fused multiply-adds: a kernel then gives the bits that plain
+torch gives wherever no sum is involved, on every chip. Triton is optional: without it nothing is launched.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def has_triton() -> bool:
 
 @cache
 def is_interpreting() -> bool:
-    """True if Triton runs its kernels in Python (TRITON_INTERPRET=1 before its first import): CPU tensors then do."""
+    """True if Triton runs its kernels in Python, on CPU tensors: TRITON_INTERPRET=1 before its first import."""
     return has_triton() and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
 
 
@@ -59,7 +59,7 @@ def launch(
     num_stages: int = 2,
     **constants: Any,
 ) -> None:
-    """Run `kernel` on every program of `grid`; an empty grid is no launch. Errors of the device surface later."""
+    """Run `kernel` on every program of `grid`; an empty grid is no launch. Device errors surface later."""
     if _recorder is not None:
         _recorder(Launch(kernel, arguments, constants, num_warps, num_stages))
         return
@@ -73,7 +73,7 @@ def launch(
 
 @contextlib.contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Collect launches instead of running them: `impl="triton"` then takes CPU tensors, and results are garbage."""
+    """Collect launches, run none: `impl="triton"` then takes CPU tensors, and results are garbage."""
     global _recorder
     launches: list[Launch] = []
     previous, _recorder = _recorder, launches.append

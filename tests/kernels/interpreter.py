@@ -1,8 +1,8 @@
 """Makes Triton's interpreter right about bfloat16, for tests.
 
 It keeps bfloat16 as 16-bit integers, widens them correctly, and truncates when it narrows. Kernels of this
-package widen before any arithmetic and narrow once at a store, so rounding there to nearest even, as the chip does,
-is all that is missing.
+package widen before any arithmetic and narrow once at a store: rounding there to nearest even, as the chip
+does, is all that is missing.
 """
 
 from __future__ import annotations

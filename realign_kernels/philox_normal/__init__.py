@@ -1,0 +1,1 @@
+"""Standard normals that are a function of what they are for."""
