@@ -19,6 +19,7 @@ PLAIN = (
 OURS = ("reference", "cpp", "triton", "cuda")  # the names of our own implementations; all else is a baseline
 
 Run = Callable[[], Tensor | tuple[Tensor, ...]]
+Compile = Callable[[Callable], Callable]
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,23 @@ class Case:
     Attributes:
         runs: what is timed, by name. "torch" is plain torch and must be there; "reference", "cpp", "triton",
             "cuda" are the op's public function with `impl=`; other names are libraries. A run takes nothing,
-            makes fresh results and returns them, and never reads a device tensor's numbers on the host. All are
-            called under `torch.no_grad`: one with gradients in it enables them itself.
+            makes fresh results and returns them, and never reads a device tensor's numbers on the host. All
+            are called under `torch.no_grad`: one with gradients in it enables them itself.
         num_bytes: bytes of one run at least: each input read once, each output written once.
         relative_error: allowed between a run and the plain one, ||run - plain|| / ||plain|| of each result. A
             run of ours has as many results as the plain one; a library's may have the first few alone.
         num_flops: operations of one run, for ops that are matrix products; else 0.
-        compiled: what `torch.compile` is given on a GPU; the plain run where None. A plain run that loops over
-            samples would compile for minutes: give a form without the loop here.
+        compiled: makes the `torch.compile` baseline of the GPU table: given `compile`, it returns a run.
+            Where None, the plain run is compiled whole. One that loops over samples would compile for
+            minutes: compile a form without the loop. Of a backward run only the forward pass can be
+            compiled: call what `compile` gives once, here, and differentiate in the run.
     """
 
     runs: dict[str, Run]
     num_bytes: int
     relative_error: float
     num_flops: int = 0
-    compiled: Run | None = None
+    compiled: Callable[[Compile], Run] | None = None
 
 
 @dataclass(frozen=True)
