@@ -51,7 +51,7 @@ class GpuRow(Row):
 
     Attributes:
         copy_share: gb_per_s over copy_gb_per_s, the rate of a large copy on the device, in the same run.
-        tflop_per_s: for matrix products, else 0; matmul_tflop_per_s: of a large bf16 product, in the same run.
+        tflop_per_s: for matrix products, else 0; matmul_tflop_per_s: of a large bf16 one, in the same run.
         call_us: time of a call from Python, one after the other: what a program without graphs waits at most.
         method: "graph" (replay of a captured graph) or "events" (around calls, where it cannot be captured).
         launches: nodes of one call's graph (kernels, copies, fills); 0 where it cannot be captured.
