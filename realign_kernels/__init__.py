@@ -1,14 +1,36 @@
 """Public ops of realign: one folder per op, each defined by its `reference.py`.
 
-`api.py` of a folder holds the signature, the formula, the checks and the dispatch (`impl=`). The compiled
-extension, where there is one, is reached through `realign_kernels.native`.
+`api.py` of a folder holds the signature, the formula, the checks and the dispatch (`impl=`). README.md shows
+every op's formula and use.
 """
 
 from realign_kernels.apply_rope.api import apply_rope
+from realign_kernels.arguments import Guidance, LogProbCoefficients, NoiseKeys, RatioBias, StepCoefficients
 from realign_kernels.flow_step.api import flow_step
+from realign_kernels.group_advantage.api import group_advantage
+from realign_kernels.group_advantage.reference import AdvantageRule, GroupAdvantages
 from realign_kernels.guided_flow_step.api import guided_flow_step
 from realign_kernels.guided_velocity.api import guided_velocity
+from realign_kernels.philox_normal.api import philox_normal
 from realign_kernels.rms_norm.api import rms_norm
+from realign_kernels.sde_logprob.api import sde_logprob
 from realign_kernels.swiglu.api import swiglu
 
-__all__ = ["apply_rope", "flow_step", "guided_flow_step", "guided_velocity", "rms_norm", "swiglu"]
+__all__ = [
+    "AdvantageRule",
+    "GroupAdvantages",
+    "Guidance",
+    "LogProbCoefficients",
+    "NoiseKeys",
+    "RatioBias",
+    "StepCoefficients",
+    "apply_rope",
+    "flow_step",
+    "group_advantage",
+    "guided_flow_step",
+    "guided_velocity",
+    "philox_normal",
+    "rms_norm",
+    "sde_logprob",
+    "swiglu",
+]

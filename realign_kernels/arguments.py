@@ -1,4 +1,4 @@
-"""What the flow ops take beside tensors of tokens: numbers that may differ from sample to sample. B samples."""
+"""What the flow ops take beside packed tokens: numbers that may differ from sample to sample. B samples."""
 
 from __future__ import annotations
 
@@ -70,3 +70,16 @@ class LogProbCoefficients:
     weight_B: Tensor
     constant_B: Tensor
     reduction: str = "mean"
+
+
+@dataclass(frozen=True, eq=False)
+class RatioBias:
+    """The numbers of `bias = weight * reduced((b * (v - v_old)) ** 2)`, which GRPO-Guard adds to a log-ratio.
+
+    Attributes:
+        old_velocity_LC: the velocity that the step was sampled with; shape and dtype of the new one.
+        weight_B: float32 [B] >= 0; `1 / (2 s**2)` for a step of deviation s.
+    """
+
+    old_velocity_LC: Tensor
+    weight_B: Tensor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-RENORMS = ("none", "global", "channel", "text_channel")
+DTYPE_NAMES = "float32, bfloat16, float16 or float64"
 
 
 def can_read_values(tensor: Tensor) -> bool:
@@ -22,12 +22,17 @@ def can_read_values(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_first(name: str, tensor: Tensor) -> None:
+def check_packed(name: str, tensor: Tensor) -> None:
     """Raise ValueError unless `tensor` is a [L, C] float tensor."""
     if tensor.dim() != 2:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be packed tokens by channels, [L, C]")
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"{name} has dtype {tensor.dtype}: must be float32, bfloat16, float16 or float64")
+    check_dtype(name, tensor.dtype)
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise ValueError unless `dtype` is one that ops take."""
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} has dtype {dtype}: must be {DTYPE_NAMES}")
 
 
 def check_like(name: str, tensor: Tensor, first_name: str, first: Tensor, *, same_dtype: bool = True) -> None:
@@ -40,8 +45,7 @@ def check_like(name: str, tensor: Tensor, first_name: str, first: Tensor, *, sam
         raise ValueError(f"{name} is on {tensor.device}: must be on {first.device} with {first_name}")
     if same_dtype and tensor.dtype != first.dtype:
         raise ValueError(f"{name} has dtype {tensor.dtype}: must be that of {first_name}, {first.dtype}")
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"{name} has dtype {tensor.dtype}: must be float32, bfloat16, float16 or float64")
+    check_dtype(name, tensor.dtype)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, first: Tensor) -> int:
@@ -71,8 +75,7 @@ def check_per_sample(
             f"{name} is {number_B.dtype} {tuple(number_B.shape)}: "
             f"must be float32 [{num_samples}], one number per sample"
         )
-    if number_B.device != first.device:
-        raise ValueError(f"{name} is on {number_B.device}: must be on {first.device} with the tokens")
+    _check_place(name, number_B, first)
     if can_read_values(number_B):
         for sample, number in enumerate(number_B.tolist()):
             if not math.isfinite(number) or number < minimum:
@@ -80,16 +83,28 @@ def check_per_sample(
                 raise ValueError(f"{name}[{sample}] is {number:g}: must be {bound}")
 
 
-def check_renorm(renorm: str | Sequence[str], num_samples: int) -> tuple[str, ...]:
-    """Raise ValueError for an unknown renorm mode. Returns one mode per sample."""
-    renorms = (renorm,) * num_samples if isinstance(renorm, str) else tuple(renorm)
-    if isinstance(renorm, str) and renorm not in RENORMS:
-        raise ValueError(f"renorm is {renorm!r}: must be one of {', '.join(RENORMS)}")
-    if len(renorms) != num_samples:
+def check_integers(
+    name: str, number_B: Tensor, num_samples: int, first: Tensor, below: int = 1 << 63
+) -> None:
+    """Raise ValueError unless `number_B` is int64 [B], and from 0 to `below` if that is given."""
+    if number_B.dtype != torch.int64 or number_B.shape != (num_samples,):
         raise ValueError(
-            f"renorm has {len(renorms)} modes: must be one mode, or one per sample ({num_samples})"
+            f"{name} is {number_B.dtype} {tuple(number_B.shape)}: "
+            f"must be int64 [{num_samples}], one number per sample"
         )
-    for sample, mode in enumerate(renorms):
-        if mode not in RENORMS:
-            raise ValueError(f"renorm[{sample}] is {mode!r}: must be one of {', '.join(RENORMS)}")
-    return renorms
+    _check_place(name, number_B, first)
+    if below < 1 << 63 and can_read_values(number_B):
+        for sample, number in enumerate(number_B.tolist()):
+            if not 0 <= number < below:
+                raise ValueError(f"{name}[{sample}] is {number}: must be from 0 to {below - 1}")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: must be one of {', '.join(choices)}")
+
+
+def _check_place(name: str, tensor: Tensor, first: Tensor) -> None:
+    if tensor.device != first.device:
+        raise ValueError(f"{name} is on {tensor.device}: must be on {first.device} with the tokens")

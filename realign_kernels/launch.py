@@ -47,7 +47,7 @@ def has_triton() -> bool:
 
 @cache
 def is_interpreting() -> bool:
-    """True if Triton runs its kernels in Python, on CPU tensors: TRITON_INTERPRET=1 before its first import."""
+    """True if Triton runs kernels in Python, on CPU tensors: TRITON_INTERPRET=1 before its first import."""
     return has_triton() and os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
 
 

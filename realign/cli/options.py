@@ -9,9 +9,8 @@ from pathlib import Path
 
 from realign.cli.console import UsageError
 from realign.data.readers import MAX_SEED
-from realign.model.config import REASONING_MODES
+from realign.model.config import REASONING_MODES, RENORMS
 
-RENORMS = ("global", "channel", "text_channel", "none")
 DTYPES = ("float32", "bfloat16")
 PROMPT_FORMATS = ("auto", "txt", "jsonl", "geneval")
 

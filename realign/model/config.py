@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 
 CONFIG_FILES = ("config.json", "llm_config.json", "vit_config.json", "ae_config.json")
 REASONING_MODES = ("none", "think", "ic-cot")
+RENORMS = ("global", "channel", "text_channel", "none")  # of guidance, the default first
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from realign.model.mot import Route
 from realign.runtime.attention import PaddedAttention
 from realign.runtime.context import embed_markers, latent_position_ids
 from realign.runtime.guidance import Branch
-from realign.runtime.noise import NoiseKey, normals
+from realign.runtime.noise import NoiseKey, normals, stack_keys
 from realign.runtime.schedule import Schedule
 from realign.runtime.settings import GuidanceSettings
-from realign_kernels import guided_flow_step
+from realign_kernels import Guidance, NoiseKeys, StepCoefficients, guided_flow_step
+from realign_kernels.arguments import RENORMS
 
 OnStep = Callable[[int, list[Tensor | None]], None]
 
@@ -103,13 +104,12 @@ def denoise(model: Bagel, jobs: Sequence[DenoiseJob], on_step: OnStep | None = N
 def build_noise(model: Bagel, jobs: Sequence[DenoiseJob]) -> list[Tensor]:
     """The initial latents of each job, float32 on the model's device."""
     channels = model.config.latent_dim
-    sizes = [num_latent_tokens(model, job.height, job.width) * channels for job in jobs]
-    drawn = normals([job.key for job in jobs], sizes)
-    given = [
-        noise.view(-1, channels) if job.noise_LC is None else job.noise_LC
-        for job, noise in zip(jobs, drawn, strict=True)
+    lengths = [num_latent_tokens(model, job.height, job.width) for job in jobs]
+    drawn = normals([job.key for job in jobs], lengths, channels, model.device)
+    return [
+        noise_LC if job.noise_LC is None else job.noise_LC.to(model.device, torch.float32)
+        for job, noise_LC in zip(jobs, drawn, strict=True)
     ]
-    return [noise_LC.to(model.device, torch.float32) for noise_LC in given]
 
 
 def num_latent_tokens(model: Bagel, height: int, width: int) -> int:
@@ -128,28 +128,29 @@ class _Phase:
         self._lay_out_rows()
         offsets = [0, *torch.tensor(self.sizes).cumsum(0).tolist()]
         self.cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=model.device)
-        self.renorm = [job.guidance.renorm for job in jobs]
+        modes = {job.guidance.renorm for job in jobs}
+        codes = [RENORMS.index(job.guidance.renorm) for job in jobs]
+        self.renorm = modes.pop() if len(modes) == 1 else torch.tensor(codes).int().to(model.device)
         self.renorm_min_J = self._per_job([job.guidance.renorm_min for job in jobs])
 
     def step(self, step: int, latents: Sequence[Tensor]) -> list[Tensor]:
         """One step of every job: three velocities, guidance, the sampler's update."""
         sample_LC = torch.cat(list(latents))
         numbers = [job.schedule.steps[step] for job in self.jobs]
-        cond_LC, text_LC, image_LC = self._velocities(sample_LC, [number.t for number in numbers])
-        next_LC = guided_flow_step(
-            sample_LC,
-            cond_LC,
-            text_LC,
-            image_LC,
-            self.cu_seqlens,
+        velocities = self._velocities(sample_LC, [number.t for number in numbers])
+        guidance = Guidance(
             self._per_job([job.scale("text", step) for job in self.jobs]),
             self._per_job([job.scale("image", step) for job in self.jobs]),
+            self.renorm,
+            self.renorm_min_J,
+        )
+        noise = self._noise_keys(step)
+        coefficients = StepCoefficients(
             self._per_job([number.a for number in numbers]),
             self._per_job([number.b for number in numbers]),
-            *self._step_noise(step),
-            renorm=self.renorm,
-            renorm_min_B=self.renorm_min_J,
+            None if noise is None else self._per_job([number.std for number in numbers]),
         )
+        next_LC = guided_flow_step(sample_LC, velocities, self.cu_seqlens, guidance, coefficients, noise)
         return list(next_LC.split(self.sizes))
 
     def _velocities(self, sample_LC: Tensor, times: Sequence[float]) -> list[Tensor | None]:
@@ -170,15 +171,12 @@ class _Phase:
         repeats_J = torch.tensor(self.sizes, device=self.model.device)
         return self._per_job(times).repeat_interleave(repeats_J)
 
-    def _step_noise(self, step: int) -> tuple[Tensor | None, Tensor | None]:
-        """Deviation per job and noise per token of a stochastic step; (None, None) of a deterministic one."""
-        stds = [job.schedule.steps[step].std for job in self.jobs]
-        if not any(stds):
-            return None, None
+    def _noise_keys(self, step: int) -> NoiseKeys | None:
+        """The noise of a stochastic step, by name; None where the step is deterministic for all."""
+        if not any(job.schedule.steps[step].std for job in self.jobs):
+            return None
         keys = [replace(job.key, stream="sde", step=step) for job in self.jobs]
-        channels = self.model.config.latent_dim
-        noises = normals(keys, [size * channels for size in self.sizes])
-        return self._per_job(stds), torch.cat(noises).view(-1, channels).to(self.model.device)
+        return stack_keys(keys, self.model.device)
 
     def _per_job(self, numbers: Sequence[float]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float32, device=self.model.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-RENORMS = ("global", "channel", "text_channel", "none")
+from realign.model.config import RENORMS
 
 
 @dataclass(frozen=True)

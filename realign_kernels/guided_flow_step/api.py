@@ -2,53 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from realign_kernels import native
+from realign_kernels.arguments import Guidance, LogProbCoefficients, StepCoefficients
 from realign_kernels.dispatch import choose_impl
-from realign_kernels.flow_step.api import check_step
+from realign_kernels.flow_step.api import check_step, name_step
+from realign_kernels.flow_step.reference import Noise
 from realign_kernels.guided_flow_step.reference import guided_flow_step_reference
-from realign_kernels.guided_velocity.api import check_guidance
+from realign_kernels.guided_velocity.api import (
+    Velocities,
+    check_guidance,
+    encode_renorm,
+    name_fields,
+    name_guidance,
+)
 
 
 def guided_flow_step(
     sample_LC: Tensor,
-    cond_LC: Tensor,
-    text_uncond_LC: Tensor | None,
-    image_uncond_LC: Tensor | None,
+    velocities: Velocities,
     cu_seqlens: Tensor,
-    text_scale_B: Tensor,
-    image_scale_B: Tensor | None,
-    a_B: Tensor,
-    b_B: Tensor,
-    std_B: Tensor | None = None,
-    noise_LC: Tensor | None = None,
-    renorm: str | Sequence[str] = "global",
-    renorm_min_B: Tensor | None = None,
+    guidance: Guidance,
+    coefficients: StepCoefficients,
+    noise: Noise = None,
+    logprob: LogProbCoefficients | None = None,
     impl: str = "auto",
-) -> Tensor:
-    """Guidance and sampler step in one: `flow_step(sample, guided_velocity(cond, text, image))`.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Guidance and sampler step in one: `flow_step(sample, guided_velocity(velocities))`.
 
-    The guided velocity stays in float32 in between, whatever the dtype of the branches.
+    The fused rectified-flow sampling step. The guided velocity stays in float32 in between, whatever the
+    dtype of the velocities, and is never written to memory.
 
     Args:
-        sample_LC, std_B, noise_LC, a_B, b_B: as in `flow_step`.
-        cond_LC, text_uncond_LC, image_uncond_LC, text_scale_B, image_scale_B, renorm, renorm_min_B: as in
-            `guided_velocity`.
+        sample_LC, coefficients, noise, logprob: as in `flow_step`.
+        velocities, guidance: as in `guided_velocity`.
         cu_seqlens: int32 [B+1], offsets of the samples.
-        impl: `"auto"` (table in `dispatch.py`), `"reference"` or `"cpp"`.
+        impl: `"auto"` (table in `dispatch.py`), `"reference"`, `"cpp"`, `"triton"`.
 
-    Returns: [L, C] in the dtype of `sample_LC`.
+    Returns: [L, C] in the dtype of `sample_LC`; with `logprob`, that and the log-probs, float32 [B].
     Raises: ValueError naming the argument and its value.
     """
-    branches = (cond_LC, text_uncond_LC, image_uncond_LC)
-    scales = (cu_seqlens, text_scale_B, image_scale_B)
-    step = (a_B, b_B, std_B, noise_LC)
-    renorms = check_guidance(*branches, *scales, renorm, renorm_min_B)
-    check_step(sample_LC, "cond_LC", cond_LC, cu_seqlens, *step)
-    if choose_impl("guided_flow_step", impl, (sample_LC, *branches, noise_LC), {"cpp": False}) == "cpp":
-        codes = [native.RENORM_CODES[mode] for mode in renorms]
-        return native.guided_flow_step_cpp(sample_LC, *branches, *scales, *step, codes, renorm_min_B)
-    return guided_flow_step_reference(sample_LC, *branches, *scales, *step, renorms, renorm_min_B)
+    fields = check_guidance(velocities, cu_seqlens, guidance)
+    check_step("velocities[0]", fields[0], sample_LC, cu_seqlens, coefficients, noise, logprob)
+    tensors = (sample_LC, *fields, noise if isinstance(noise, Tensor) else None)
+    path = choose_impl("guided_flow_step", impl, tensors, {"cpp": False, "triton": False})
+    if path == "reference":
+        step = (coefficients, noise, logprob)
+        return guided_flow_step_reference(
+            sample_LC, fields, cu_seqlens, encode_renorm(guidance, cu_seqlens), *step
+        )
+    if path == "triton":
+        from realign_kernels.guided_flow_step.triton import guided_flow_step_triton as run
+    else:
+        run = native.guided_flow_step_cpp
+    names = (
+        name_fields(fields)
+        | name_guidance(guidance, cu_seqlens, path)
+        | name_step(coefficients, noise, logprob)
+    )
+    next_LC, logprob_B = run(sample=sample_LC, cu_seqlens=cu_seqlens, **names)
+    return next_LC if logprob is None else (next_LC, logprob_B)

@@ -1,7 +1,8 @@
 """Definition of `philox_normal` in plain torch.
 
-Only additions, multiplications, one division and square roots of float32, each rounded once and none fused: so
-every path gives the same bits on every device. B samples, L packed tokens, C channels, K blocks of four numbers.
+Only additions, multiplications, one division and square roots of float32, each rounded once and none fused:
+so every path gives the same bits on every device. B samples, L packed tokens, C channels, K blocks of four
+numbers.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def philox(counter_K4: Tensor, key_K2: Tensor) -> Tensor:
 def normals_from_words(words_K4: Tensor) -> Tensor:
     """Box-Muller: words [K, 4] to normals, float32 [K, 4]; lanes (0, 1) and (2, 3) are pairs."""
     units_K4 = words_K4 >> 8
-    radius_K2 = torch.sqrt(log_of_units(units_K4[:, 0::2] + 1) * -2.0)
+    # By way of float64, because torch's float32 root on a CPU is not always the nearest number.
+    radius_K2 = (log_of_units(units_K4[:, 0::2] + 1) * -2.0).double().sqrt().float()
     cos_K2, sin_K2 = cos_sin_of_turn(units_K4[:, 1::2])
     return torch.stack((radius_K2 * cos_K2, radius_K2 * sin_K2), dim=2).flatten(1)
 
@@ -61,7 +63,8 @@ def normals_from_words(words_K4: Tensor) -> Tensor:
 def log_of_units(units: Tensor) -> Tensor:
     """`ln(units / 2**24)`, float32, for integers from 1 to 2**24.
 
-    With `x = 2**k (1 + f)`, `1 + f` between the roots of 1/2 and 2: `k ln 2 + 2 atanh(f / (2 + f))`, by series.
+    With `x = 2**k (1 + f)`, `1 + f` from the root of 1/2 to that of 2: `k ln 2 + 2 atanh(f / (2 + f))`, by
+    series.
     """
     bits = (units.to(torch.float32) * 2.0**-24).view(torch.int32) + (ONE_BITS - SQRT_HALF_BITS)
     exponent = ((bits >> 23) - 127).to(torch.float32)

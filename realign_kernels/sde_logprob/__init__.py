@@ -1,0 +1,1 @@
+"""Log-prob of a stored sampler step under a new velocity."""
