@@ -1,0 +1,1 @@
+"""Rewards to advantages, normalised within the group of each prompt."""
