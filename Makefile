@@ -1,7 +1,8 @@
 # make demo      set up, then prompts with pictures through reasoning to pictures, on the embedded model
 # make test      set up, then all tests          make test ARGS="tests/kernels -x"
 # make install   set up: .venv, dependencies, this package, the compiled extension where a compiler is
-# make bench     time the ops against plain torch          make lint      check style
+# make bench     time the ops on the CPU against plain torch and libraries
+# make lint      check style
 # make clean     remove what was built, .venv included
 #
 # PYTHON  a Python 3.11 or 3.12 (found if not given)
@@ -18,6 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 LINT_STAMP := $(VENV)/.installed-dev
+BENCH_STAMP := $(VENV)/.installed-bench
 HAS_TORCH := import sys; from importlib.metadata import version; \
 	sys.exit(not (2, 11) <= tuple(map(int, version("torch").split(".")[:2])) <= (2, 13))
 BUILD_TOOLS := "setuptools>=70" wheel "pybind11>=2.13"
@@ -34,7 +36,7 @@ test: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/realign demo --out demo $(ARGS)
 
-bench: $(STAMP)
+bench: $(BENCH_STAMP)
 	$(BIN)/python -m bench $(ARGS)
 
 lint: $(LINT_STAMP)
@@ -56,6 +58,10 @@ $(STAMP): $(SOURCES) | $(BIN)/python
 	$(BIN)/python -c '$(HAS_TORCH)' 2>/dev/null || $(PIP) install $(TORCH)
 	$(PIP) install --no-build-isolation -e ".[test]"
 	@$(BIN)/python -c "from realign_kernels import native; print('realign is installed;', native.describe())"
+	@touch $@
+
+$(BENCH_STAMP): $(STAMP)
+	$(PIP) install --no-build-isolation -e ".[bench]"
 	@touch $@
 
 $(LINT_STAMP): $(STAMP)

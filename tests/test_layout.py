@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("realign_kernels", "realign", "train", "bench", "tests")
+PACKAGES = ("csrc", "realign_kernels", "realign", "train", "bench", "tests")
 
 # What the modules of a part may import of this repository, besides the part itself. Left out: everything.
 # `reasoning` has two layers: schemas and prompts are plain data for all; the programs run on the runtime.
@@ -30,6 +30,11 @@ ALLOWED = {
     "realign.cli": ("realign_kernels", "realign"),
     "realign": ("realign_kernels", "realign"),
     "train": ("realign_kernels", "realign"),
+}
+EXTRAS = {  # what a package may import beside the project's dependencies
+    "realign_kernels": ("triton",),
+    "bench": ("triton", "test", "bench"),
+    "tests": ("triton", "test"),
 }
 NEVER = {"realign": ("realign.cli",), "realign.evals": ("realign.cli",)}
 
@@ -126,10 +131,8 @@ def test_a_reference_imports_torch_and_references_alone(op):
 @pytest.mark.parametrize("package", PACKAGES)
 def test_third_party_imports_are_declared(package):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = project["dependencies"]
-    if package in ("bench", "tests"):
-        lines = [*lines, *project["optional-dependencies"]["test"]]
-    declared = {re.split(r"[<>=\[ ]", line)[0].lower() for line in lines}
+    extras = [project["optional-dependencies"][extra] for extra in EXTRAS.get(package, ())]
+    declared = {re.split(r"[<>=\[ ]", line)[0].lower() for line in sum(extras, project["dependencies"])}
     imported = {
         (name.split(".")[0], str(path.relative_to(ROOT)))
         for path in list_sources(package)
