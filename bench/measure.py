@@ -13,8 +13,6 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor import config as inductor
 
 from bench.case import PLAIN, Case, Run, Shape
 from bench.gate import keep_right_runs
@@ -123,8 +121,7 @@ def compile_case(task: Task, timer: Timer, announce: Callable[[str], None]) -> C
 def build_case(task: Task, timer: Timer, announce: Callable[[str], None]) -> tuple[Case, list[str]]:
     """The case of a task with its compiled baseline, called once; or a line on why there is none."""
     announce("build")
-    torch.compiler.reset()
-    inductor.autotune_local_cache = False  # choices made beside the tests are no good
+    prepare_compiler()
     case = OPS[task.op].build(task.shape, timer.device)
     case = replace(case, runs={name: run for name, run in case.runs.items() if name not in task.without})
     if COMPILED in task.without:
@@ -134,9 +131,17 @@ def build_case(task: Task, timer: Timer, announce: Callable[[str], None]) -> tup
         compiled = add_compiled(case)
         with torch.no_grad():
             compiled.runs[COMPILED]()
-    except TorchDynamoException as error:
+    except torch._dynamo.exc.TorchDynamoException as error:
         return case, [f"{COMPILED} left out: {str(error).strip().splitlines()[0]}"]
     return compiled, []
+
+
+def prepare_compiler() -> None:
+    """Forget what was compiled for other cases, and let no choice be read that was made beside the tests."""
+    from torch._inductor import config  # takes seconds, and only this process needs it
+
+    torch.compiler.reset()
+    config.autotune_local_cache = False
 
 
 def add_compiled(case: Case) -> Case:

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from bench.case import PLAIN
 from bench.measure import Compiled, Measured, Task, Timer
 
+START_SECONDS = 120.0
 STEP_SECONDS = 60.0  # after that a step is taken for hung; the longest is a cold compilation
 
 Answer = Measured | Compiled
@@ -70,7 +71,8 @@ class Worker:
             self.connection.send(task)
         step: object = "start"
         while isinstance(step, str):
-            last, step = step, self._receive(step, min(STEP_SECONDS, deadline - time.monotonic()))
+            limit = START_SECONDS if step == "start" else STEP_SECONDS
+            last, step = step, self._receive(step, min(limit, deadline - time.monotonic()))
             if isinstance(step, Died) and time.monotonic() >= deadline:
                 raise TimeIsUp(last)
         return step
