@@ -30,9 +30,9 @@ def check_packed(name: str, tensor: Tensor) -> None:
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
-    """Raise ValueError unless `dtype` is one that ops take."""
+    """Raise ValueError unless `dtype` is one that ops take; `name` is of a tensor, or "dtype" itself."""
     if dtype not in FLOAT_DTYPES:
-        raise ValueError(f"{name} has dtype {dtype}: must be {DTYPE_NAMES}")
+        raise ValueError(f"{name} {'is' if name == 'dtype' else 'has dtype'} {dtype}: must be {DTYPE_NAMES}")
 
 
 def check_like(name: str, tensor: Tensor, first_name: str, first: Tensor, *, same_dtype: bool = True) -> None:

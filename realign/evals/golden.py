@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One recorded output: the largest error found, and whether it is within the tolerance."""
+
+    name: str
+    max_error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.max_error <= self.tolerance
 
 
 class Record(dict):
@@ -48,3 +63,12 @@ def parse_part(text: str) -> tuple[str, int, list[str]]:
     if match is None:
         raise ValueError(f"cases.json: the part {text!r} must be as 'text:0' or 'image:0(vae,vit)'")
     return match.group(1), int(match.group(2)), (match.group(3) or "vae,vit").split(",")
+
+
+def relative_error(ours: Tensor, golden: Tensor) -> float:
+    """Largest difference relative to the largest recorded value; infinite for another shape."""
+    if ours.shape != golden.shape:
+        return math.inf
+    golden = golden.double()
+    scale = golden.abs().max()
+    return float((ours.cpu().double() - golden).abs().max() / (scale if scale > 0 else 1.0))

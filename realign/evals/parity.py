@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from realign.evals.golden import Record, parse_part, read_cases, read_tensors
+from realign.evals.golden import CaseResult, Record, parse_part, read_cases, read_tensors, relative_error
+from realign.evals.rl import RLGolden
 from realign.model.bagel import Bagel, patchify_latent
 from realign.model.config import ResizeRule
 from realign.model.embeddings import flattened_position_ids
@@ -83,19 +84,6 @@ TOLERANCES = {
 }
 
 
-@dataclass(frozen=True)
-class CaseResult:
-    """One recorded output: the largest error found, and whether it is within the tolerance."""
-
-    name: str
-    max_error: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        return self.max_error <= self.tolerance
-
-
 def check_golden(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[CaseResult]:
@@ -136,6 +124,7 @@ class Golden:
             "train": "train" in self.cases,
             "interleave": "interleave" in self.cases and self.tolerances.is_exact,
             "resize": "resize" in self.file,
+            "rl": (self.folder / "rl.safetensors").exists(),
         }
         return [name for name, is_there in found.items() if is_there]
 
@@ -170,6 +159,9 @@ class Golden:
         for text, ids in zip(self.file["texts"], self.file["text_ids"], strict=True):
             wrong += list(build_text_block(self.model, text).ids) != ids
         return [CaseResult("tokens", wrong, 0)]
+
+    def _check_rl(self) -> list[CaseResult]:
+        return RLGolden(self.folder, self.device).check()
 
     @torch.no_grad()
     def _check_vit(self) -> list[CaseResult]:
@@ -402,12 +394,7 @@ class Golden:
         return CaseResult(name, error, self.tolerances.image)
 
     def _error(self, name: str, ours: Tensor) -> float:
-        """Largest difference relative to the largest recorded value."""
-        golden = self._tensor(name).double()
-        if ours.shape != golden.shape:
-            return math.inf
-        scale = golden.abs().max()
-        return float((ours.cpu().double() - golden).abs().max() / (scale if scale > 0 else 1.0))
+        return relative_error(ours, self._tensor(name))
 
 
 def _guidance(case: Record) -> GuidanceSettings:

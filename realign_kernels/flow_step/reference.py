@@ -57,7 +57,7 @@ def reduce_squares(number_LC: Tensor, cu_seqlens: Tensor, reduction: str) -> Ten
     """Sum or mean of the squares of each sample, [B]; 0 for a sample without numbers."""
     squares_LC = number_LC.square()
     sums = [squares_LC[start:end].sum() for start, end in pairwise(cu_seqlens.tolist())]
-    sum_B = torch.stack(sums) if sums else squares_LC.new_zeros(0)
+    sum_B = torch.stack(sums) if sums else squares_LC.flatten()[:0]
     if reduction == "sum":
         return sum_B
     return sum_B / (cu_seqlens.diff() * number_LC.shape[1]).clamp(min=1)

@@ -209,11 +209,11 @@ def run_flow(out_LC: Tensor, fields: dict[str, Tensor | None], numbers: dict) ->
     has_logprob = numbers.get("logprob_weight") is not None
     cu_seqlens = numbers["cu_seqlens"].contiguous()
     num_samples = cu_seqlens.numel() - 1
-    logprob_B = torch.empty(num_samples if has_logprob else 0, device=out_LC.device)
     constants = tile_constants(out_LC.shape[1], cu_seqlens)
     num_tiles = num_programs(out_LC.shape[0], num_samples, constants["BT"])
-    if num_tiles == 0 or (out_LC.numel() == 0 and not has_logprob):
-        return logprob_B
+    if out_LC.numel() == 0:
+        return numbers["logprob_constant"].clone() if has_logprob else torch.empty(0, device=out_LC.device)
+    logprob_B = torch.empty(num_samples if has_logprob else 0, device=out_LC.device)
     renorm = numbers.get("common_renorm", 0) if numbers.get("renorm") is None else MIXED
     scratch = _Scratch(
         out_LC, num_tiles, num_samples, renorm if fields["text_uncond"] is not None else 0, has_logprob

@@ -27,7 +27,8 @@ ONE_BITS = 0x3F800000
 
 def philox_normal_reference(key_B: Tensor, step_B: Tensor, cu_seqlens: Tensor, num_channels: int) -> Tensor:
     """Float32 [L, C]: number `e` of a sample is lane `e % 4` of its block `e // 4`."""
-    sizes = [length * num_channels for length in cu_seqlens.diff().tolist()]
+    lengths = cu_seqlens.diff().tolist()
+    sizes = [length * num_channels for length in lengths]
     num_blocks = [-(-size // 4) for size in sizes]
     block_K = torch.cat([torch.arange(n, device=key_B.device) for n in num_blocks] or [key_B.new_empty(0)])
     repeats_B = torch.tensor(num_blocks, device=key_B.device, dtype=torch.int64)
@@ -36,7 +37,7 @@ def philox_normal_reference(key_B: Tensor, step_B: Tensor, cu_seqlens: Tensor, n
     key_K2 = torch.stack((key_K & MASK, (key_K >> 32) & MASK), 1)
     normals = normals_from_words(philox(counter_K4, key_K2)).split(num_blocks)
     samples = [block_K4.flatten()[:size] for block_K4, size in zip(normals, sizes, strict=True)]
-    return torch.cat(samples or [torch.empty(0, device=key_B.device)]).view(-1, num_channels)
+    return torch.cat(samples or [torch.empty(0, device=key_B.device)]).view(sum(lengths), num_channels)
 
 
 def philox(counter_K4: Tensor, key_K2: Tensor) -> Tensor:

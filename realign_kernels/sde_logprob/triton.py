@@ -132,6 +132,8 @@ def sde_logprob_triton(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [B], and biases [B], or [0] without an old velocity."""
     num_samples, device = cu_seqlens.numel() - 1, velocity.device
+    if velocity.numel() == 0:
+        return constant.clone(), torch.zeros(0 if old_velocity is None else num_samples, device=device)
     logprob_B = torch.empty(num_samples, device=device)
     bias_B = torch.empty(0 if old_velocity is None else num_samples, device=device)
     constants = tile_constants(velocity.shape[1], cu_seqlens)

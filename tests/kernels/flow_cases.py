@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from realign_kernels import native
+from realign_kernels import Guidance, LogProbCoefficients, NoiseKeys, StepCoefficients, launch, native
+from realign_kernels.arguments import RENORMS as RENORMS
+from tests.kernels.devices import device_of
 
 needs_cpp = pytest.mark.skipif(not native.is_available(), reason=native.describe())
-IMPLS = ["reference", pytest.param("cpp", marks=needs_cpp)]
-RENORMS = ["none", "global", "channel", "text_channel"]
+needs_triton = pytest.mark.skipif(not launch.has_triton(), reason="triton is not installed")
+KERNELS = [pytest.param("cpp", marks=needs_cpp), pytest.param("triton", marks=needs_triton)]
+IMPLS = ["reference", *KERNELS]
 # Lengths of the samples, channels: one token, empty batch, empty sample, odd channels, more than one tile.
 SHAPES = [([1], 4), ([], 4), ([3, 0, 5], 7), ([6, 1, 17, 2], 1), ([150, 33], 65), ([3], 3000), ([4, 2], 0)]
 
@@ -34,20 +37,35 @@ class FlowCase:
     a_B: Tensor
     b_B: Tensor
     std_B: Tensor
+    weight_B: Tensor
+    constant_B: Tensor
+    key_B: Tensor
+    step_B: Tensor
 
-    def guidance(self) -> dict[str, Tensor]:
-        names = (
-            "cond_LC",
-            "text_uncond_LC",
-            "image_uncond_LC",
-            "cu_seqlens",
-            "text_scale_B",
-            "image_scale_B",
-        )
-        return {name: getattr(self, name) for name in (*names, "renorm_min_B")}
+    def guided(self, renorm: str | list[str] = "global") -> dict:
+        """Arguments of `guided_velocity`."""
+        guidance = Guidance(self.text_scale_B, self.image_scale_B, renorm, self.renorm_min_B)
+        return {"velocities": self.velocities(), "cu_seqlens": self.cu_seqlens, "guidance": guidance}
 
-    def step(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("sample_LC", "a_B", "b_B", "std_B", "noise_LC")}
+    def velocities(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.cond_LC, self.text_uncond_LC, self.image_uncond_LC
+
+    def step(self, has_keys: bool = False) -> dict:
+        """Arguments of `flow_step` beside velocity and offsets; its noise given, or made from keys."""
+        coefficients = StepCoefficients(self.a_B, self.b_B, self.std_B)
+        noise = NoiseKeys(self.key_B, self.step_B) if has_keys else self.noise_LC
+        return {"sample_LC": self.sample_LC, "coefficients": coefficients, "noise": noise}
+
+    def stepped(self, has_keys: bool = False) -> dict:
+        """Arguments of `flow_step` with the conditional velocity."""
+        return {**self.step(has_keys), "velocity_LC": self.cond_LC, "cu_seqlens": self.cu_seqlens}
+
+    def logprob(self, reduction: str = "mean") -> LogProbCoefficients:
+        return LogProbCoefficients(self.weight_B, self.constant_B, reduction)
+
+    def on(self, impl: str) -> FlowCase:
+        """The case where an implementation's tests run."""
+        return FlowCase(**{name: value.to(device_of(impl)) for name, value in vars(self).items()})
 
     def velocities_to(self, dtype: torch.dtype) -> FlowCase:
         names = ("cond_LC", "text_uncond_LC", "image_uncond_LC")
@@ -87,6 +105,10 @@ def make_case(lengths: list[int], channels: int, seed: int = 0) -> FlowCase:
         a_B=cycle(1.0, 0.93, 0.98),
         b_B=cycle(-0.02, -0.07, 0.04),
         std_B=cycle(0.0, 0.3, 0.7),
+        weight_B=cycle(0.0, 5.5, 1.0),
+        constant_B=cycle(0.0, 0.28, -0.5),
+        key_B=torch.arange(num_samples) * 0x1234_5678_9ABC + 0x7FFF_FFFF_0000_0000,
+        step_B=torch.arange(num_samples) % 3,
     )
 
 
@@ -158,6 +180,7 @@ def _plain_shrink(v: Tensor, guided: Tensor, floor: float, dim: int | None) -> T
 def assert_as_exact_as_plain(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
     """The error against float64 is at most twice that of plain torch in this dtype, or one rounding."""
     assert actual.shape == exact.shape
+    actual, plain, exact = actual.cpu(), plain.cpu(), exact.cpu()
     if exact.numel() == 0:
         return
     rounding = torch.finfo(actual.dtype).eps * exact.abs().max()

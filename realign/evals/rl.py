@@ -1,0 +1,116 @@
+"""Checks the schedule's noisy steps and the ops of alignment against recorded outputs of their authors' code.
+
+A golden folder may hold `rl.json` (settings) and `rl.safetensors`: steps of Flow-GRPO and DanceGRPO, and
+Flow-GRPO's advantages. `flow_grpo.a0.7.step5.` begins the tensors of one step: noise level 0.7, step 5 of the
+schedule.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from realign.evals.golden import CaseResult, read_cases, read_tensors, relative_error
+from realign.runtime.schedule import Schedule, Step
+from realign_kernels import (
+    AdvantageRule,
+    LogProbCoefficients,
+    StepCoefficients,
+    flow_step,
+    group_advantage,
+    sde_logprob,
+)
+
+TOLERANCE = 1e-4
+RULES = {"flow_grpo.a": "flow-grpo", "dance_grpo.eta": "dance-grpo"}
+STEP_NAME = re.compile(rf"({'|'.join(map(re.escape, RULES))})([0-9.]+)\.step(\d+)\.sample")
+ADVANTAGES = {"advantage.global_std_False": "group", "advantage.global_std_True": "global"}
+
+
+class RLGolden:
+    """The alignment part of a golden folder. B samples of L tokens of C channels; always float32."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.device = device
+        self.file = read_cases(folder / "rl.json")
+        self.tensors = read_tensors(folder / "rl.safetensors")
+
+    def check(self) -> list[CaseResult]:
+        """Every recorded step and advantage."""
+        results = [self._compare("sigmas", torch.tensor(self.schedule.times))]
+        for name in self.tensors:
+            match = STEP_NAME.fullmatch(name)
+            if match:
+                rule, level, index = match.groups()
+                step = self.schedule.with_noise(RULES[rule], float(level)).steps[int(index)]
+                results.append(self._check_step(name.removesuffix(".sample"), step))
+        for name, std in ADVANTAGES.items():
+            if name in self.tensors:
+                results.append(self._compare(name, self._advantage(std)))
+        return results
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The ODE's schedule; each case puts its own noise in."""
+        return Schedule.build(self.file["num_sigmas"], self.file["shift"])
+
+    def _check_step(self, name: str, step: Step) -> CaseResult:
+        """The worst error of the step's outputs: the next sample, the log-probs, and what else was recorded."""
+        shape = self._tensor(f"{name}.sample").shape
+        offsets = torch.arange(shape[0] + 1, dtype=torch.int32, device=self.device) * shape[1]
+        fields = {field: self._field(f"{name}.{field}") for field in ("sample", "velocity", "noise")}
+        coefficients = self._coefficients(step.a, step.b, step.std, shape[0])
+        logprob = LogProbCoefficients(
+            self._number(step.logprob_weight, shape[0]), self._number(step.logprob_constant, shape[0])
+        )
+        next_LC, logprob_B = flow_step(
+            fields["sample"], fields["velocity"], offsets, coefficients, fields["noise"], logprob
+        )
+        ours = {"next": next_LC.view(shape), "log_prob": logprob_B}
+        if f"{name}.log_prob_new" in self.tensors:
+            stored = (fields["sample"], self._field(f"{name}.next"))
+            velocity_LC = self._field(f"{name}.velocity_new")
+            ours["log_prob_new"] = sde_logprob(stored, velocity_LC, offsets, coefficients, logprob)
+        rest = {"mean": (step.a, step.b), "pred_original": (1.0, -step.t)}
+        for field, (a, b) in rest.items():
+            if f"{name}.{field}" in self.tensors:
+                numbers = self._coefficients(a, b, None, shape[0])
+                ours[field] = flow_step(fields["sample"], fields["velocity"], offsets, numbers).view(shape)
+        if f"{name}.std_dev_t" in self.tensors:
+            ours["std_dev_t"] = self._number(step.std / math.sqrt(-step.dt), shape[0])
+        errors = [self._error(f"{name}.{field}", tensor) for field, tensor in ours.items()]
+        return CaseResult(name, max(errors), TOLERANCE)
+
+    def _advantage(self, std: str) -> Tensor:
+        """Flow-GRPO's groups are the prompts."""
+        prompts = self.file["prompts"]
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        group_N = torch.tensor([numbers[prompt] for prompt in prompts], device=self.device)
+        rewards_N = self._tensor("advantage.rewards").float().to(self.device)
+        return group_advantage(rewards_N, group_N, len(numbers), rule=AdvantageRule(std=std)).advantage_N
+
+    def _coefficients(self, a: float, b: float, std: float | None, num_samples: int) -> StepCoefficients:
+        numbers = (None if number is None else self._number(number, num_samples) for number in (a, b, std))
+        return StepCoefficients(*numbers)
+
+    def _number(self, number: float, num_samples: int) -> Tensor:
+        return torch.full((num_samples,), number, dtype=torch.float32, device=self.device)
+
+    def _field(self, name: str) -> Tensor:
+        return self._tensor(name).flatten(0, 1).to(self.device)
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise ValueError(f"rl.safetensors: the tensor {name!r} is missing")
+        return self.tensors[name]
+
+    def _compare(self, name: str, ours: Tensor) -> CaseResult:
+        return CaseResult(name, self._error(name, ours), TOLERANCE)
+
+    def _error(self, name: str, ours: Tensor) -> float:
+        return relative_error(ours, self._tensor(name))
