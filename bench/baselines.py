@@ -70,6 +70,17 @@ def plain_flow_step(sample_LC: Tensor, velocity_LC: Tensor, step: float) -> Tens
     return sample_LC - velocity_LC * step
 
 
+def plain_sde_mean(sample_LC: Tensor, velocity_LC: Tensor, a: float, b: float) -> Tensor:
+    """The mean of a noisy step, in float32 as Flow-GRPO's code takes it."""
+    return sample_LC.float() * a + velocity_LC.float() * b
+
+
+def plain_logprob(next_LC: Tensor, mean_LC: Tensor, num_samples: int, std: float, constant: float) -> Tensor:
+    """Log-prob of noisy steps of equally long samples, the mean over each: Flow-GRPO's, op by op."""
+    logprob_LC = -((next_LC.detach() - mean_LC) ** 2) / (2 * std**2) + constant
+    return logprob_LC.view(num_samples, -1).mean(dim=1)
+
+
 def plain_rms_norm(x_LE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
     """Qwen2's, op by op."""
     x_wide_LE = x_LE.to(torch.float32)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from bench.case import Shape, randn
+from realign_kernels import Guidance, LogProbCoefficients, NoiseKeys, StepCoefficients
 
 TEXT_SCALE, IMAGE_SCALE, STEP = 4.0, 2.0, 0.02
+SDE = {"a": 0.99, "b": -0.021, "std": 0.15}  # one of Flow-GRPO's steps, roughly
 
 # 1024 and 4096 tokens are pictures of 512 and 1024 pixels on BAGEL, whose latents have 64 channels.
 LATENTS = [
@@ -29,7 +31,8 @@ class Flow:
     """Packed fields of equally long samples, and the numbers of a guided Euler step.
 
     Attributes:
-        sample_LC: float32, as the sampler keeps it; the three velocities in the dtype of the shape.
+        sample_LC, noise_LC: float32, as the sampler keeps them; the velocities in the dtype of the shape.
+        euler, sde: the numbers of a step of the ODE, and of a noisy one, with its log-prob's.
         offsets: the offsets of the samples once more, as numbers on the host, for baselines that loop.
     """
 
@@ -39,10 +42,11 @@ class Flow:
     image_LC: Tensor
     noise_LC: Tensor
     cu_seqlens: Tensor
-    text_scale_B: Tensor
-    image_scale_B: Tensor
-    a_B: Tensor
-    b_B: Tensor
+    guidance: Guidance
+    euler: StepCoefficients
+    sde: StepCoefficients
+    logprob: LogProbCoefficients
+    keys: NoiseKeys
     offsets: list[int]
 
     @property
@@ -62,9 +66,10 @@ class Flow:
             *(randn(packed, device, "L", "C", seed=seed) for seed in (1, 2, 3)),
             randn(wide, device, "L", "C", seed=4),
             cu_seqlens=torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens,
-            text_scale_B=TEXT_SCALE * ones_B,
-            image_scale_B=IMAGE_SCALE * ones_B,
-            a_B=ones_B,
-            b_B=-STEP * ones_B,
+            guidance=Guidance(TEXT_SCALE * ones_B, IMAGE_SCALE * ones_B),
+            euler=StepCoefficients(ones_B, -STEP * ones_B),
+            sde=StepCoefficients(*(number * ones_B for number in SDE.values())),
+            logprob=LogProbCoefficients(0.5 / SDE["std"] ** 2 * ones_B, 0.98 * ones_B),
+            keys=NoiseKeys(torch.arange(batch, device=device), torch.arange(batch, device=device)),
             offsets=[tokens * sample for sample in range(batch + 1)],
         )

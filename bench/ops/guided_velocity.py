@@ -20,12 +20,10 @@ def build(shape: Shape, device: torch.device) -> Case:
         return baselines.batched_guided_velocities(*flow.branches, shape.sizes["B"], *scales)
 
     def run(impl: str) -> Run:
-        return lambda: guided_velocity(
-            *flow.branches, flow.cu_seqlens, flow.text_scale_B, flow.image_scale_B, impl=impl
-        )
+        return lambda: guided_velocity(flow.branches, flow.cu_seqlens, flow.guidance, impl=impl)
 
     runs = {PLAIN: lambda: baselines.plain_guided_velocities(*flow.branches, flow.offsets, *scales)}
-    runs |= {impl: run(impl) for impl in list_impls(["cpp"], device)}
+    runs |= {impl: run(impl) for impl in list_impls(["cpp", "triton"], device)}
     # Plain torch rounds to bfloat16 after every operation, and guidance enlarges what was rounded before.
     error = allow_error(shape) if shape.dtype == torch.float32 else 2e-2
     return Case(
