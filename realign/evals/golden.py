@@ -65,10 +65,13 @@ def parse_part(text: str) -> tuple[str, int, list[str]]:
     return match.group(1), int(match.group(2)), (match.group(3) or "vae,vit").split(",")
 
 
-def relative_error(ours: Tensor, golden: Tensor) -> float:
-    """Largest difference relative to the largest recorded value; infinite for another shape."""
+def relative_error(ours: Tensor, golden: Tensor, least_scale: float = 0.0) -> float:
+    """Largest difference relative to the largest recorded value; infinite for another shape.
+
+    `least_scale` is for values that are small differences of large numbers: it is the size of those.
+    """
     if ours.shape != golden.shape:
         return math.inf
     golden = golden.double()
-    scale = golden.abs().max()
+    scale = golden.abs().max().clamp(min=least_scale)
     return float((ours.cpu().double() - golden).abs().max() / (scale if scale > 0 else 1.0))

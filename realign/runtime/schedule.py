@@ -21,7 +21,7 @@ SDE_RULES = ("flow-grpo", "dance-grpo", "cps")
 
 @dataclass(frozen=True)
 class Step:
-    """One step from time `t` by `dt` (negative): the numbers that `flow_step`, `sde_logprob`, `grpo_loss` take.
+    """One step from time `t` by `dt` (negative): numbers that `flow_step`, `sde_logprob`, `grpo_loss` take.
 
     Attributes:
         a, b, std: `mean = a * x + b * v`, `x_next = mean + std * noise`.
