@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,15 +17,8 @@ import torch
 from torch import Tensor
 
 from realign.evals.golden import CaseResult, read_cases, read_tensors, relative_error
-from realign.runtime.schedule import Schedule, Step
-from realign_kernels import (
-    AdvantageRule,
-    LogProbCoefficients,
-    StepCoefficients,
-    flow_step,
-    group_advantage,
-    sde_logprob,
-)
+from realign.runtime.schedule import Schedule, Step, stack_logprobs, stack_steps
+from realign_kernels import AdvantageRule, flow_step, group_advantage, sde_logprob
 
 TOLERANCE = 1e-4
 RULES = {"flow_grpo.a": "flow-grpo", "dance_grpo.eta": "dance-grpo"}
@@ -64,10 +58,8 @@ class RLGolden:
         shape = self._tensor(f"{name}.sample").shape
         offsets = torch.arange(shape[0] + 1, dtype=torch.int32, device=self.device) * shape[1]
         fields = {field: self._field(f"{name}.{field}") for field in ("sample", "velocity", "noise")}
-        coefficients = self._coefficients(step.a, step.b, step.std, shape[0])
-        logprob = LogProbCoefficients(
-            self._number(step.logprob_weight, shape[0]), self._number(step.logprob_constant, shape[0])
-        )
+        steps = [step] * shape[0]
+        coefficients, logprob = stack_steps(steps, self.device), stack_logprobs(steps, self.device)
         next_LC, logprob_B = flow_step(
             fields["sample"], fields["velocity"], offsets, coefficients, fields["noise"], logprob
         )
@@ -76,13 +68,16 @@ class RLGolden:
             stored = (fields["sample"], self._field(f"{name}.next"))
             velocity_LC = self._field(f"{name}.velocity_new")
             ours["log_prob_new"] = sde_logprob(stored, velocity_LC, offsets, coefficients, logprob)
-        rest = {"mean": (step.a, step.b), "pred_original": (1.0, -step.t)}
-        for field, (a, b) in rest.items():
+        noiseless = {
+            "mean": replace(step, std=0.0),
+            "pred_original": replace(step, a=1.0, b=-step.t, std=0.0),
+        }
+        for field, other in noiseless.items():
             if f"{name}.{field}" in self.tensors:
-                numbers = self._coefficients(a, b, None, shape[0])
+                numbers = stack_steps([other] * shape[0], self.device)
                 ours[field] = flow_step(fields["sample"], fields["velocity"], offsets, numbers).view(shape)
         if f"{name}.std_dev_t" in self.tensors:
-            ours["std_dev_t"] = self._number(step.std / math.sqrt(-step.dt), shape[0])
+            ours["std_dev_t"] = torch.full((shape[0],), step.std / math.sqrt(-step.dt))
         # A log-prob is its constant less the error, which may come out near zero.
         least = {"log_prob": abs(step.logprob_constant), "log_prob_new": abs(step.logprob_constant)}
         errors = [
@@ -98,13 +93,6 @@ class RLGolden:
         group_N = torch.tensor([numbers[prompt] for prompt in prompts], device=self.device)
         rewards_N = self._tensor("advantage.rewards").float().to(self.device)
         return group_advantage(rewards_N, group_N, len(numbers), rule=AdvantageRule(std=std)).advantage_N
-
-    def _coefficients(self, a: float, b: float, std: float | None, num_samples: int) -> StepCoefficients:
-        numbers = (None if number is None else self._number(number, num_samples) for number in (a, b, std))
-        return StepCoefficients(*numbers)
-
-    def _number(self, number: float, num_samples: int) -> Tensor:
-        return torch.full((num_samples,), number, dtype=torch.float32, device=self.device)
 
     def _field(self, name: str) -> Tensor:
         return self._tensor(name).flatten(0, 1).to(self.device)

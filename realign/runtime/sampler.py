@@ -22,9 +22,9 @@ from realign.runtime.attention import PaddedAttention
 from realign.runtime.context import embed_markers, latent_position_ids
 from realign.runtime.guidance import Branch
 from realign.runtime.noise import NoiseKey, normals, stack_keys
-from realign.runtime.schedule import Schedule
+from realign.runtime.schedule import Schedule, stack_steps
 from realign.runtime.settings import GuidanceSettings
-from realign_kernels import Guidance, NoiseKeys, StepCoefficients, guided_flow_step
+from realign_kernels import Guidance, NoiseKeys, guided_flow_step
 from realign_kernels.arguments import RENORMS
 
 OnStep = Callable[[int, list[Tensor | None]], None]
@@ -145,11 +145,7 @@ class _Phase:
             self.renorm_min_J,
         )
         noise = self._noise_keys(step)
-        coefficients = StepCoefficients(
-            self._per_job([number.a for number in numbers]),
-            self._per_job([number.b for number in numbers]),
-            None if noise is None else self._per_job([number.std for number in numbers]),
-        )
+        coefficients = stack_steps(numbers, self.model.device)
         next_LC = guided_flow_step(sample_LC, velocities, self.cu_seqlens, guidance, coefficients, noise)
         return list(next_LC.split(self.sizes))
 

@@ -6,12 +6,15 @@ t = 1 is noise, t = 0 the picture, `x_t = (1 - t) x_0 + t noise`, `v = noise - x
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from realign_kernels import LogProbCoefficients, StepCoefficients
 
 Time = TypeVar("Time", float, Tensor)
 
@@ -112,6 +115,18 @@ class Schedule:
         even = torch.linspace(1, 0, len(self.times))
         times = shift_time(even, self.shift)[:-1]
         return tuple(((times > low) & (times <= high)).tolist())
+
+
+def stack_steps(steps: Sequence[Step], device: torch.device | str = "cpu") -> StepCoefficients:
+    """The numbers of one step of each sample, as the ops take them. Where no step is noisy, std is None."""
+    a_B, b_B, std_B = torch.tensor([[step.a, step.b, step.std] for step in steps]).T.contiguous().to(device)
+    return StepCoefficients(a_B, b_B, std_B if any(step.std for step in steps) else None)
+
+
+def stack_logprobs(steps: Sequence[Step], device: torch.device | str = "cpu") -> LogProbCoefficients:
+    """The numbers of the log-prob of one step of each sample, as the ops take them."""
+    numbers = [[step.logprob_weight, step.logprob_constant] for step in steps]
+    return LogProbCoefficients(*torch.tensor(numbers).T.contiguous().to(device))
 
 
 def _check_noise(rule: str, level: float) -> None:
