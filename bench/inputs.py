@@ -31,7 +31,7 @@ class Flow:
     """Packed fields of equally long samples, and the numbers of a guided Euler step.
 
     Attributes:
-        sample_LC, noise_LC: float32, as the sampler keeps them; the velocities in the dtype of the shape.
+        sample_LC: float32, as the sampler keeps it; the velocities in the dtype of the shape.
         euler, sde: the numbers of a step of the ODE, and of a noisy one, with its log-prob's.
         offsets: the offsets of the samples once more, as numbers on the host, for baselines that loop.
     """
