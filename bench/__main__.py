@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = Path(folder) / "report.json"
         code = run_pytest(options, report)
         rows = make_rows(json.loads(report.read_text())) if report.exists() else []
-    print_table(rows)
+    print_table(rows, COLUMNS)
     append_rows(rows, options.out)
     print(f"{len(rows)} rows appended to {options.out}")
     return code
@@ -72,11 +72,11 @@ def make_rows(report: dict) -> list[CpuRow]:
     return rows
 
 
-def print_table(rows: Sequence[Row]) -> None:
+def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
     """The rows for people."""
-    table = Table(*COLUMNS)
+    table = Table(*columns)
     for row in rows:
-        table.add_row(*(format_field(getattr(row, column)) for column in COLUMNS))
+        table.add_row(*(format_field(getattr(row, column)) for column in columns))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
