@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.case import Shape, randn
-from realign_kernels import Guidance, LogProbCoefficients, NoiseKeys, StepCoefficients
+from realign_kernels import Guidance, LogProbCoefficients, NoiseKeys, StepCoefficients, philox_normal
 
 TEXT_SCALE, IMAGE_SCALE, STEP = 4.0, 2.0, 0.02
 SDE = {"a": 0.99, "b": -0.021, "std": 0.15}  # one of Flow-GRPO's steps, roughly
@@ -32,6 +32,7 @@ class Flow:
 
     Attributes:
         sample_LC: float32, as the sampler keeps it; the velocities in the dtype of the shape.
+        noise_LC: the normals of `keys`.
         euler, sde: the numbers of a step of the ODE, and of a noisy one, with its log-prob's.
         offsets: the offsets of the samples once more, as numbers on the host, for baselines that loop.
     """
@@ -61,15 +62,18 @@ class Flow:
         packed = Shape({"L": batch * tokens, "C": shape.sizes["C"]}, shape.dtype)
         wide = Shape(packed.sizes, torch.float32)
         ones_B = torch.ones(batch, device=device)
+        number_B = torch.arange(batch, device=device)
+        keys = NoiseKeys(number_B, number_B)
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens
         return cls(
             randn(wide, device, "L", "C", seed=0),
             *(randn(packed, device, "L", "C", seed=seed) for seed in (1, 2, 3)),
-            randn(wide, device, "L", "C", seed=4),
-            cu_seqlens=torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens,
+            philox_normal(keys, cu_seqlens, batch * tokens, shape.sizes["C"]),
+            cu_seqlens=cu_seqlens,
             guidance=Guidance(TEXT_SCALE * ones_B, IMAGE_SCALE * ones_B),
             euler=StepCoefficients(ones_B, -STEP * ones_B),
             sde=StepCoefficients(*(number * ones_B for number in SDE.values())),
             logprob=LogProbCoefficients(0.5 / SDE["std"] ** 2 * ones_B, 0.98 * ones_B),
-            keys=NoiseKeys(torch.arange(batch, device=device), torch.arange(batch, device=device)),
+            keys=keys,
             offsets=[tokens * sample for sample in range(batch + 1)],
         )

@@ -36,7 +36,7 @@ def build(shape: Shape, device: torch.device) -> Case:
 
 
 def build_sde(shape: Shape, device: torch.device) -> Case:
-    """Given noise, and the log-prob of each sample."""
+    """Noise, and the log-prob of each sample. The baselines are given the noise that ours make inside."""
     flow = Flow.build(shape, device)
     batch, scales, constant = shape.sizes["B"], (TEXT_SCALE, IMAGE_SCALE), 0.98
 
@@ -52,11 +52,11 @@ def build_sde(shape: Shape, device: torch.device) -> Case:
         return step_from(baselines.batched_guided_velocities(*flow.branches, batch, *scales))
 
     def run(impl: str) -> Run:
-        step = (flow.branches, flow.cu_seqlens, flow.guidance, flow.sde, flow.noise_LC, flow.logprob)
+        step = (flow.branches, flow.cu_seqlens, flow.guidance, flow.sde, flow.keys, flow.logprob)
         return lambda: guided_flow_step(flow.sample_LC, *step, impl=impl)
 
     runs = {PLAIN: plain} | {impl: run(impl) for impl in list_impls(PATHS, device)}
-    num_bytes = count_bytes(flow.sample_LC, *flow.branches, flow.noise_LC, flow.sample_LC)
+    num_bytes = count_bytes(flow.sample_LC, *flow.branches, flow.sample_LC)
     return Case(runs, num_bytes, allow_error(shape), compiled=lambda compile_it: compile_it(batched))
 
 
