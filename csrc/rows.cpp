@@ -2,14 +2,102 @@
 
 #include <cstring>
 
-// One copy of each function per vector width; the loader picks. Only GCC with glibc on x86-64 has this reliably.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
-#define REALIGN_VECTOR_WIDTHS __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define REALIGN_VECTOR_WIDTHS
-#endif
+#include "vector_widths.h"
 
 namespace realign {
+namespace {
+
+// The sum of the squares of number_at(i) for i below count, over sixteen lanes, so that no addition waits for the last.
+template <typename NumberAt>
+REALIGN_INLINE double sum_squares_of(NumberAt number_at, int64_t count) {
+  constexpr int kLanes = 16;
+  double lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lane[j] += double(number_at(i + j)) * double(number_at(i + j));
+  }
+  for (int j = 0; i < count; ++i, ++j) lane[j] += double(number_at(i)) * double(number_at(i));
+  double total = 0;
+  for (int j = 0; j < kLanes; ++j) total += lane[j];
+  return total;
+}
+
+// Sixteen numbers at once, in however many registers that takes; may lie at any address.
+constexpr int kLanes = 16;
+using Floats = float __attribute__((vector_size(64), aligned(4), may_alias));
+using Words = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
+using Halves = uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
+
+template <Dtype kDtype>
+REALIGN_INLINE float load(const void* array, int64_t i) {
+  if constexpr (kDtype == Dtype::float32) return static_cast<const float*>(array)[i];
+  const uint16_t half = static_cast<const uint16_t*>(array)[i];
+  return kDtype == Dtype::bfloat16 ? bfloat16_to_float(half) : float16_to_float(half);
+}
+
+template <Dtype kDtype>
+REALIGN_INLINE void load(const void* array, int64_t i, Floats& out) {
+  if constexpr (kDtype == Dtype::float32) {
+    out = *reinterpret_cast<const Floats*>(static_cast<const float*>(array) + i);
+  } else if constexpr (kDtype == Dtype::bfloat16) {
+    const auto& halves = *reinterpret_cast<const Halves*>(static_cast<const uint16_t*>(array) + i);
+    const Words words = __builtin_convertvector(halves, Words) << 16;
+    out = reinterpret_cast<const Floats&>(words);
+  } else {
+    float numbers[kLanes];
+    for (int j = 0; j < kLanes; ++j) numbers[j] = load<kDtype>(array, i + j);
+    out = *reinterpret_cast<const Floats*>(numbers);
+  }
+}
+
+// Of one number or of many.
+template <typename Number>
+REALIGN_INLINE void guide_number(const Number& v, const Number& t, const Number* image, const Guide& guide,
+                                 Number& guided) {
+  guided = t + guide.text_scale * (v - t);
+  if (image != nullptr) guided = *image + guide.image_scale * (guided - *image);
+}
+
+template <Dtype kDtype, bool kHasImage>
+REALIGN_INLINE NormSquares guide_with(const Branches& branches, const Guide& guide, float* guided, int64_t count) {
+  constexpr int kUnroll = 2;
+  Floats cond_lanes[kUnroll] = {}, guided_lanes[kUnroll] = {};
+  int64_t i = 0;
+  for (; i + kUnroll * kLanes <= count; i += kUnroll * kLanes) {
+    for (int k = 0; k < kUnroll; ++k) {
+      Floats v, t, u, g;
+      load<kDtype>(branches.cond, i + k * kLanes, v);
+      load<kDtype>(branches.text, i + k * kLanes, t);
+      if constexpr (kHasImage) load<kDtype>(branches.image, i + k * kLanes, u);
+      guide_number(v, t, kHasImage ? &u : nullptr, guide, g);
+      *reinterpret_cast<Floats*>(guided + i + k * kLanes) = g;
+      cond_lanes[k] += v * v;
+      guided_lanes[k] += g * g;
+    }
+  }
+  NormSquares squares;
+  const Floats cond_sums = cond_lanes[0] + cond_lanes[1], guided_sums = guided_lanes[0] + guided_lanes[1];
+  for (int j = 0; j < kLanes; ++j) {
+    squares.cond += cond_sums[j];
+    squares.guided += guided_sums[j];
+  }
+  for (; i < count; ++i) {
+    const float v = load<kDtype>(branches.cond, i), t = load<kDtype>(branches.text, i);
+    const float u = kHasImage ? load<kDtype>(branches.image, i) : 0;
+    guide_number(v, t, kHasImage ? &u : nullptr, guide, guided[i]);
+    squares.cond += double(v) * double(v);
+    squares.guided += double(guided[i]) * double(guided[i]);
+  }
+  return squares;
+}
+
+template <Dtype kDtype>
+REALIGN_INLINE NormSquares guide_as(const Branches& branches, const Guide& guide, float* guided, int64_t count) {
+  return branches.image == nullptr ? guide_with<kDtype, false>(branches, guide, guided, count)
+                                   : guide_with<kDtype, true>(branches, guide, guided, count);
+}
+
+}  // namespace
 
 REALIGN_VECTOR_WIDTHS
 void widen(const void* from, Dtype dtype, float* out, int64_t count) {
@@ -42,33 +130,42 @@ void extrapolate(const float* base, const float* toward, float scale, float* out
 }
 
 REALIGN_VECTOR_WIDTHS
-void multiply(float* x, float factor, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) x[i] *= factor;
+void multiply(const float* x, float factor, float* out, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) out[i] = x[i] * factor;
 }
 
 REALIGN_VECTOR_WIDTHS
 double sum_squares(const float* x, int64_t count) {
-  constexpr int kLanes = 16;
-  double lane[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) lane[j] += double(x[i + j]) * double(x[i + j]);
-  }
-  for (int j = 0; i < count; ++i, ++j) lane[j] += double(x[i]) * double(x[i]);
-  double total = 0;
-  for (int j = 0; j < kLanes; ++j) total += lane[j];
-  return total;
+  return sum_squares_of([=](int64_t i) { return x[i]; }, count);
 }
 
 REALIGN_VECTOR_WIDTHS
-void step(const float* x, const float* v, const float* noise, float a, float b, float std, float* out, int64_t count) {
+NormSquares guide_and_measure(const Branches& branches, const Guide& guide, float* guided, int64_t count) {
+  if (branches.dtype == Dtype::float32) return guide_as<Dtype::float32>(branches, guide, guided, count);
+  if (branches.dtype == Dtype::bfloat16) return guide_as<Dtype::bfloat16>(branches, guide, guided, count);
+  return guide_as<Dtype::float16>(branches, guide, guided, count);
+}
+
+REALIGN_VECTOR_WIDTHS
+void step(const float* x, const float* v, const float* noise, float a, float b, float std, float* next, int64_t count) {
   if (noise == nullptr) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) out[i] = a * x[i] + b * v[i];
+    for (int64_t i = 0; i < count; ++i) next[i] = a * x[i] + b * v[i];
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) out[i] = (a * x[i] + b * v[i]) + std * noise[i];
+    for (int64_t i = 0; i < count; ++i) next[i] = (a * x[i] + b * v[i]) + std * noise[i];
   }
+}
+
+REALIGN_VECTOR_WIDTHS
+double sum_squared_errors(const float* next, const float* x, const float* v, float a, float b, int64_t count) {
+  return sum_squares_of([=](int64_t i) { return next[i] - (a * x[i] + b * v[i]); }, count);
+}
+
+REALIGN_VECTOR_WIDTHS
+double sum_squared_changes(const float* v, const float* old, float b, int64_t count) {
+  return sum_squares_of([=](int64_t i) { return b * (v[i] - old[i]); }, count);
 }
 
 }  // namespace realign

@@ -19,13 +19,41 @@ void narrow(const float* from, Dtype dtype, void* out, int64_t count);
 // out = base + scale * (toward - base). out may be one of the inputs.
 void extrapolate(const float* base, const float* toward, float scale, float* out, int64_t count);
 
-// x = x * factor.
-void multiply(float* x, float factor, int64_t count);
+// out = x * factor. out may be x.
+void multiply(const float* x, float factor, float* out, int64_t count);
 
 // Sum of squares, in double.
 double sum_squares(const float* x, int64_t count);
 
-// out = (a * x + b * v) + std * noise; noise may be null. out may be one of the inputs.
-void step(const float* x, const float* v, const float* noise, float a, float b, float std, float* out, int64_t count);
+// Velocities of the branches of a sample: arrays of one dtype; no image is null.
+struct Branches {
+  const void* cond;
+  const void* text;
+  const void* image;
+  Dtype dtype;
+};
+
+// Sums of squares of two velocities, in double.
+struct NormSquares {
+  double cond = 0, guided = 0;
+};
+
+// How far along each branch.
+struct Guide {
+  float text_scale, image_scale;
+};
+
+// guided = text + text_scale * (cond - text), then image + image_scale * (guided - image). Returns the sums of squares,
+// in float along 32 lanes, in double across them.
+NormSquares guide_and_measure(const Branches& branches, const Guide& guide, float* guided, int64_t count);
+
+// next = (a * x + b * v) + std * noise; noise may be null. next may be one of the inputs.
+void step(const float* x, const float* v, const float* noise, float a, float b, float std, float* next, int64_t count);
+
+// Sum of the squares of next - (a * x + b * v), in double.
+double sum_squared_errors(const float* next, const float* x, const float* v, float a, float b, int64_t count);
+
+// Sum of the squares of b * (v - old), in double.
+double sum_squared_changes(const float* v, const float* old, float b, int64_t count);
 
 }  // namespace realign

@@ -46,7 +46,7 @@ def philox_normal(
     )
     arguments = {"key": keys.key_B, "step": keys.step_B, "cu_seqlens": cu_seqlens}
     if path == "cpp":
-        return native.philox_normal_cpp(**arguments, num_channels=num_channels)
+        return native.philox_normal_cpp(**arguments, num_tokens=num_tokens, num_channels=num_channels)
     if path == "triton":
         from realign_kernels.philox_normal.triton import philox_normal_triton
 
