@@ -16,15 +16,18 @@ from torch import Tensor
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def _load_extension() -> tuple[ModuleType | None, str]:
+def _load_extension(name: str, present: str, absent: str) -> tuple[ModuleType | None, str]:
     try:
-        extension = importlib.import_module("realign_kernels._C")
+        extension = importlib.import_module(f"realign_kernels.{name}")
     except ImportError as error:
-        return None, f"no compiled extension, plain torch runs in its place ({error})"
-    return extension, f"compiled extension: {extension.__file__}"
+        return None, f"{absent} ({error})"
+    return extension, f"{present}: {extension.__file__}"
 
 
-_C, _STATE = _load_extension()
+_C, _STATE = _load_extension(
+    "_C", "compiled extension", "no compiled extension, plain torch runs in its place"
+)
+_C_CUDA, _CUDA_STATE = _load_extension("_C_cuda", "compiled CUDA kernels", "no compiled CUDA kernels")
 
 
 def is_available() -> bool:
@@ -38,13 +41,13 @@ def describe() -> str:
 
 
 def has_cuda() -> bool:
-    """True if the CUDA kernels were built."""
-    return False
+    """True if the CUDA kernels were built and load; they do so without a GPU too."""
+    return _C_CUDA is not None
 
 
 def describe_cuda() -> str:
     """One line: where the CUDA kernels are, or why they are not."""
-    return "no compiled CUDA kernels"
+    return _CUDA_STATE
 
 
 def _launch(run: Callable, params: Any, cu_seqlens: Tensor, num_channels: int, **arguments: Any) -> None:
