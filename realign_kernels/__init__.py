@@ -9,6 +9,8 @@ from realign_kernels.arguments import Guidance, LogProbCoefficients, NoiseKeys, 
 from realign_kernels.flow_step.api import flow_step
 from realign_kernels.group_advantage.api import group_advantage
 from realign_kernels.group_advantage.reference import AdvantageRule, GroupAdvantages
+from realign_kernels.grpo_loss.api import grpo_loss
+from realign_kernels.grpo_loss.reference import GrpoMetrics, RatioGuard, VelocityKL
 from realign_kernels.guided_flow_step.api import guided_flow_step
 from realign_kernels.guided_velocity.api import guided_velocity
 from realign_kernels.philox_normal.api import philox_normal
@@ -19,14 +21,18 @@ from realign_kernels.swiglu.api import swiglu
 __all__ = [
     "AdvantageRule",
     "GroupAdvantages",
+    "GrpoMetrics",
     "Guidance",
     "LogProbCoefficients",
     "NoiseKeys",
     "RatioBias",
+    "RatioGuard",
     "StepCoefficients",
+    "VelocityKL",
     "apply_rope",
     "flow_step",
     "group_advantage",
+    "grpo_loss",
     "guided_flow_step",
     "guided_velocity",
     "philox_normal",

@@ -105,7 +105,7 @@ def clamp_values(x, bound):
     return tl.where(x < -bound, -bound, tl.where(x > bound, bound, x))
 
 
-@triton.jit(do_not_specialize=["num_samples"])
+@triton.jit
 def group_advantage_kernel(
     p_reward, p_weight, p_group, p_moved, p_advantage, p_mean, p_std, p_degenerate,
     num_samples, epsilon, clamp,
