@@ -42,7 +42,8 @@ void bind_guided_flow_step(py::module_& m) {
   using realign::FlowParams;
   py::class_<FlowParams> params(m, "FlowParams");
   def_counts(params);
-  params.def_readwrite("reduce_sum", &FlowParams::reduce_sum);
+  params.def_readwrite("reduce_sum", &FlowParams::reduce_sum)
+      .def_readwrite("common_renorm", &FlowParams::common_renorm);
   def_dtype(params, "velocity_dtype", &FlowParams::velocity_dtype);
   def_dtype(params, "sample_dtype", &FlowParams::sample_dtype);
   def_dtype(params, "out_dtype", &FlowParams::out_dtype);

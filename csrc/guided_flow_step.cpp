@@ -33,7 +33,7 @@ Sample load_sample(const FlowParams& params, int64_t index) {
   if (params.text_scale != nullptr) {
     sample.guide.text_scale = params.text_scale[index];
     sample.has_text = sample.guide.text_scale > 1;
-    sample.renorm = Renorm(params.renorm[index]);
+    sample.renorm = Renorm(params.renorm == nullptr ? params.common_renorm : params.renorm[index]);
   }
   if (params.image_scale != nullptr) {
     sample.guide.image_scale = params.image_scale[index];

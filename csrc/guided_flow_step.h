@@ -31,7 +31,8 @@ struct FlowParams {
   const float* text_scale = nullptr;
   const float* image_scale = nullptr;
   const float* renorm_min = nullptr;
-  const int32_t* renorm = nullptr;  // Renorm of each sample
+  const int32_t* renorm = nullptr;  // Renorm of each sample; null: common_renorm
+  int common_renorm = 0;
 
   const void* sample = nullptr;
   const float* a = nullptr;

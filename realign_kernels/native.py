@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter, torch.dtype, bool, int, float, type(None)}
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -50,184 +52,181 @@ def describe_cuda() -> str:
     return _CUDA_STATE
 
 
-def _launch(run: Callable, params: Any, cu_seqlens: Tensor, num_channels: int, **arguments: Any) -> None:
+class CPUOp:
+    """A torch custom op for CPU tensors that takes named arguments.
+
+    Called from eager code on plain tensors it runs at once: the way through torch's dispatcher and back into
+    Python takes longer than a small step. Where tensors are traced, faked or wrapped it goes that way.
+    """
+
+    def __init__(self, name: str, arguments: str, results: str, run: Callable, allocate: Callable):
+        """Define `realign_kernels::name`.
+
+        Args:
+            arguments, results: its schema's two sides.
+            run: from a dict of the arguments to the results.
+            allocate: the same, but the results are not computed.
+        """
+        self._names = [argument.split()[-1].partition("=")[0] for argument in arguments.split(", ")]
+        self._run = run
+        self._op = torch.library.custom_op(
+            f"realign_kernels::{name}",
+            lambda *values: run(self._name(values)),
+            mutates_args=(),
+            device_types="cpu",
+            schema=f"({arguments}) -> {results}",
+        )
+        self._op.register_fake(lambda *values: allocate(self._name(values)))
+
+    def __call__(self, **arguments: Any) -> Any:
+        return self._op(**arguments) if _is_watched(arguments) else self._run(arguments)
+
+    def _name(self, values: tuple[Any, ...]) -> dict[str, Any]:
+        """Torch leaves out what has its default value."""
+        return dict(zip(self._names, values, strict=False))
+
+
+def _is_watched(arguments: dict[str, Any]) -> bool:
+    """True if the compiler, a dispatch mode or a subclass of Tensor wants to see the call."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return True
+    return not _PLAIN_TYPES.issuperset(map(type, arguments.values()))
+
+
+def _launch(run: Callable, params: Any, arguments: dict[str, Any]) -> None:
     """Fill the parameters of an op on packed samples and run it; None leaves a parameter as it is."""
-    params.num_channels = num_channels
-    params.num_samples = cu_seqlens.shape[0] - 1
+    params.num_samples = arguments["cu_seqlens"].shape[0] - 1
     params.num_threads = torch.get_num_threads()
-    arguments["cu_seqlens"] = cu_seqlens
     alive = []
     for name, argument in arguments.items():
+        if argument is None:
+            continue
         if isinstance(argument, Tensor):
-            argument = argument.contiguous()
-            alive.append(argument)
+            if not argument.is_contiguous():
+                argument = argument.contiguous()
+                alive.append(argument)
             argument = argument.data_ptr()
-        if argument is not None:
-            setattr(params, name, argument)
+        setattr(params, name, argument)
     run(params)
 
 
-def _allocate_step(sample_LC: Tensor, logprob_weight_B: Tensor | None) -> tuple[Tensor, Tensor]:
+def _allocate_velocity(arguments: dict[str, Any]) -> Tensor:
+    cond = arguments["cond"]
+    return torch.empty(cond.shape, dtype=arguments["out_dtype"], device=cond.device)
+
+
+def _allocate_step(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The next sample, and the log-prob of each sample: none if it is not asked for."""
-    next_LC = torch.empty(sample_LC.shape, dtype=sample_LC.dtype, device=sample_LC.device)
-    num_samples = 0 if logprob_weight_B is None else logprob_weight_B.shape[0]
-    return next_LC, torch.empty(num_samples, dtype=torch.float32, device=sample_LC.device)
+    return (
+        torch.empty_like(arguments["sample"], memory_format=torch.contiguous_format),
+        _allocate_numbers(arguments["logprob_weight"], arguments["sample"]),
+    )
 
 
-def _allocate_logprob(constant_B: Tensor, bias_weight_B: Tensor | None) -> tuple[Tensor, Tensor]:
+def _allocate_logprob(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The log-prob of each sample, and its bias: none if it is not asked for."""
-    num_samples = constant_B.shape[0]
-    logprob_B = torch.empty(num_samples, dtype=torch.float32, device=constant_B.device)
-    num_biases = 0 if bias_weight_B is None else num_samples
-    return logprob_B, torch.empty(num_biases, dtype=torch.float32, device=constant_B.device)
+    sample = arguments["sample"]
+    return (
+        _allocate_numbers(arguments["constant"], sample),
+        _allocate_numbers(arguments["bias_weight"], sample),
+    )
 
 
-_GUIDANCE = {
-    "cond": "Tensor",
-    "text_uncond": "Tensor?",
-    "image_uncond": "Tensor?",
-    "cu_seqlens": "Tensor",
-    "text_scale": "Tensor",
-    "image_scale": "Tensor?",
-    "renorm": "Tensor",
-    "renorm_min": "Tensor?",
-}
-_STEP = {
-    "a": "Tensor",
-    "b": "Tensor",
-    "std": "Tensor?",
-    "noise": "Tensor?",
-    "noise_key": "Tensor?",
-    "noise_step": "Tensor?",
-    "logprob_weight": "Tensor?",
-    "logprob_constant": "Tensor?",
-    "reduce_sum": "bool",
-}
+def _allocate_numbers(like_B: Tensor | None, first: Tensor) -> Tensor:
+    num_samples = 0 if like_B is None else like_B.shape[0]
+    return torch.empty(num_samples, dtype=torch.float32, device=first.device)
 
 
-def _define(name: str, types: dict[str, str], returns: str) -> Callable:
-    """Make a CPU op of a function that takes named arguments. The op takes them by name or in this order."""
-    arguments = ", ".join(f"{type_} {argument}" for argument, type_ in types.items())
-
-    def decorate(run: Callable) -> Callable:
-        return torch.library.custom_op(
-            f"realign_kernels::{name}",
-            lambda *values: run(**dict(zip(types, values, strict=True))),
-            mutates_args=(),
-            device_types="cpu",
-            schema=f"({arguments}) -> {returns}",
-        )
-
-    return decorate
+def _allocate_normals(arguments: dict[str, Any]) -> Tensor:
+    shape = arguments["num_tokens"], arguments["num_channels"]
+    return torch.empty(shape, dtype=torch.float32, device=arguments["key"].device)
 
 
-@_define("guided_velocity", {**_GUIDANCE, "out_dtype": "ScalarType"}, "Tensor")
-def guided_velocity_cpp(*, cond: Tensor, out_dtype: torch.dtype, **arguments: Tensor | None) -> Tensor:
-    """`guided_velocity` on the CPU; renorm as int32 indexes into `RENORMS`."""
-    out_LC = torch.empty(cond.shape, dtype=out_dtype)
+def _run_velocity(arguments: dict[str, Any]) -> Tensor:
+    out_LC, cond = _allocate_velocity(arguments), arguments["cond"]
     params = _C.FlowParams()
+    params.num_channels = cond.shape[1]
     params.velocity_dtype = DTYPE_CODES[cond.dtype]
-    params.out_dtype = DTYPE_CODES[out_dtype]
-    _launch(_C.guided_flow_step, params, num_channels=cond.shape[1], cond=cond, out=out_LC, **arguments)
+    params.out_dtype = DTYPE_CODES[arguments.pop("out_dtype")]
+    _launch(_C.guided_flow_step, params, arguments | {"out": out_LC})
     return out_LC
 
 
-@guided_velocity_cpp.register_fake
-def _(cond, *rest):
-    return torch.empty(cond.shape, dtype=rest[-1], device=cond.device)
-
-
-def _run_step(
-    *, sample: Tensor, cond: Tensor, logprob_weight: Tensor | None, **arguments: Tensor | bool | None
-) -> tuple[Tensor, Tensor]:
-    next_LC, logprob_B = _allocate_step(sample, logprob_weight)
+def _run_step(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """With guidance, or without it where there are no scales."""
+    next_LC, logprob_B = _allocate_step(arguments)
     params = _C.FlowParams()
-    params.velocity_dtype = DTYPE_CODES[cond.dtype]
-    params.sample_dtype = params.out_dtype = DTYPE_CODES[sample.dtype]
-    if logprob_weight is not None:
-        arguments |= {"logprob_weight": logprob_weight, "logprob": logprob_B}
-    fields = {"sample": sample, "cond": cond, "out": next_LC}
-    _launch(_C.guided_flow_step, params, num_channels=sample.shape[1], **fields, **arguments)
+    params.num_channels = next_LC.shape[1]
+    params.velocity_dtype = DTYPE_CODES[arguments["cond"].dtype]
+    params.sample_dtype = params.out_dtype = DTYPE_CODES[next_LC.dtype]
+    logprob = None if arguments["logprob_weight"] is None else logprob_B
+    _launch(_C.guided_flow_step, params, arguments | {"out": next_LC, "logprob": logprob})
     return next_LC, logprob_B
 
 
-@_define("guided_flow_step", {"sample": "Tensor", **_GUIDANCE, **_STEP}, "(Tensor, Tensor)")
-def guided_flow_step_cpp(**arguments: Tensor | bool | None) -> tuple[Tensor, Tensor]:
-    """`guided_flow_step` on the CPU: the next sample, and the log-probs if they have a weight."""
-    return _run_step(**arguments)
+def _run_unguided_step(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return _run_step(arguments | {"cond": arguments.pop("velocity")})
 
 
-@_define(
-    "flow_step",
-    {"sample": "Tensor", "velocity": "Tensor", "cu_seqlens": "Tensor", **_STEP},
-    "(Tensor, Tensor)",
-)
-def flow_step_cpp(*, velocity: Tensor, **arguments: Tensor | bool | None) -> tuple[Tensor, Tensor]:
-    """`flow_step` on the CPU: the guided step without guidance."""
-    return _run_step(cond=velocity, **arguments)
-
-
-@flow_step_cpp.register_fake
-@guided_flow_step_cpp.register_fake
-def _(sample, *rest):
-    return _allocate_step(sample, rest[-3])
-
-
-_LOGPROB = {
-    "sample": "Tensor",
-    "velocity": "Tensor",
-    "next_sample": "Tensor",
-    "cu_seqlens": "Tensor",
-    "a": "Tensor",
-    "b": "Tensor",
-    "weight": "Tensor",
-    "constant": "Tensor",
-    "reduce_sum": "bool",
-    "old_velocity": "Tensor?",
-    "bias_weight": "Tensor?",
-}
-
-
-@_define("sde_logprob", _LOGPROB, "(Tensor, Tensor)")
-def sde_logprob_cpp(
-    *, old_velocity: Tensor | None, bias_weight: Tensor | None, **arguments: Tensor | bool
-) -> tuple[Tensor, Tensor]:
-    """`sde_logprob` on the CPU: the log-probs, and the biases if they have a weight."""
-    logprob_B, bias_B = _allocate_logprob(arguments["constant"], bias_weight)
+def _run_logprob(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    logprob_B, bias_B = _allocate_logprob(arguments)
     params = _C.LogProbParams()
+    params.num_channels = arguments["sample"].shape[1]
     params.sample_dtype = DTYPE_CODES[arguments["sample"].dtype]
     params.velocity_dtype = DTYPE_CODES[arguments["velocity"].dtype]
-    if bias_weight is not None:
-        params.old_velocity_dtype = DTYPE_CODES[old_velocity.dtype]
-        arguments |= {"old_velocity": old_velocity, "bias_weight": bias_weight, "bias": bias_B}
-    num_channels = arguments["sample"].shape[1]
-    _launch(_C.sde_logprob, params, num_channels=num_channels, logprob=logprob_B, **arguments)
+    bias = None
+    if arguments["bias_weight"] is not None:
+        params.old_velocity_dtype = DTYPE_CODES[arguments["old_velocity"].dtype]
+        bias = bias_B
+    _launch(_C.sde_logprob, params, arguments | {"logprob": logprob_B, "bias": bias})
     return logprob_B, bias_B
 
 
-@sde_logprob_cpp.register_fake
-def _(*values):
-    arguments = dict(zip(_LOGPROB, values, strict=True))
-    return _allocate_logprob(arguments["constant"], arguments["bias_weight"])
-
-
-_NORMAL = {
-    "key": "Tensor",
-    "step": "Tensor",
-    "cu_seqlens": "Tensor",
-    "num_tokens": "int",
-    "num_channels": "int",
-}
-
-
-@_define("philox_normal", _NORMAL, "Tensor")
-def philox_normal_cpp(*, num_tokens: int, num_channels: int, **arguments: Tensor) -> Tensor:
-    """`philox_normal` on the CPU."""
-    out_LC = torch.empty(num_tokens, num_channels, dtype=torch.float32)
-    _launch(_C.philox_normal, _C.NormalParams(), num_channels=num_channels, out=out_LC, **arguments)
+def _run_normal(arguments: dict[str, Any]) -> Tensor:
+    out_LC = _allocate_normals(arguments)
+    params = _C.NormalParams()
+    del arguments["num_tokens"]
+    _launch(_C.philox_normal, params, arguments | {"out": out_LC})
     return out_LC
 
 
-@philox_normal_cpp.register_fake
-def _(key, step, cu_seqlens, num_tokens, num_channels):
-    return torch.empty(num_tokens, num_channels, dtype=torch.float32, device=key.device)
+_GUIDANCE = (
+    "Tensor cond, Tensor? text_uncond, Tensor? image_uncond, Tensor cu_seqlens, Tensor text_scale, "
+    "Tensor? image_scale, Tensor? renorm, Tensor? renorm_min, int common_renorm=0"
+)
+_STEP = (
+    "Tensor a, Tensor b, Tensor? std, Tensor? noise, Tensor? noise_key, Tensor? noise_step, "
+    "Tensor? logprob_weight, Tensor? logprob_constant, bool reduce_sum"
+)
+_LOGPROB = (
+    "Tensor sample, Tensor velocity, Tensor next_sample, Tensor cu_seqlens, Tensor a, Tensor b, "
+    "Tensor weight, Tensor constant, bool reduce_sum, Tensor? old_velocity, Tensor? bias_weight"
+)
+
+# renorm: int32, indexes into RENORMS; None is common_renorm for all. The second result of a step is its
+# log-prob, and of sde_logprob its bias: without numbers if that has no weight.
+guided_velocity_cpp = CPUOp(
+    "guided_velocity", f"ScalarType out_dtype, {_GUIDANCE}", "Tensor", _run_velocity, _allocate_velocity
+)
+flow_step_cpp = CPUOp(
+    "flow_step",
+    f"Tensor sample, Tensor velocity, Tensor cu_seqlens, {_STEP}",
+    "(Tensor, Tensor)",
+    _run_unguided_step,
+    _allocate_step,
+)
+guided_flow_step_cpp = CPUOp(
+    "guided_flow_step",
+    f"Tensor sample, {_STEP}, {_GUIDANCE}",
+    "(Tensor, Tensor)",
+    _run_step,
+    _allocate_step,
+)
+sde_logprob_cpp = CPUOp("sde_logprob", _LOGPROB, "(Tensor, Tensor)", _run_logprob, _allocate_logprob)
+philox_normal_cpp = CPUOp(
+    "philox_normal",
+    "Tensor key, Tensor step, Tensor cu_seqlens, int num_tokens, int num_channels",
+    "Tensor",
+    _run_normal,
+    _allocate_normals,
+)

@@ -57,9 +57,7 @@ def guided_flow_step(
     else:
         run = native.guided_flow_step_cpp
     names = (
-        name_fields(fields)
-        | name_guidance(guidance, cu_seqlens, path)
-        | name_step(coefficients, noise, logprob)
+        name_fields(fields) | name_guidance(guidance, cu_seqlens) | name_step(coefficients, noise, logprob)
     )
     next_LC, logprob_B = run(sample=sample_LC, cu_seqlens=cu_seqlens, **names)
     return next_LC if logprob is None else (next_LC, logprob_B)

@@ -79,7 +79,7 @@ class _GuidedVelocity(torch.autograd.Function):
             from realign_kernels.guided_velocity.triton import guided_velocity_triton as run
         else:
             run = native.guided_velocity_cpp
-        names = name_fields(fields) | name_guidance(guidance, cu_seqlens, path)
+        names = name_fields(fields) | name_guidance(guidance, cu_seqlens)
         return run(**names, cu_seqlens=cu_seqlens, out_dtype=dtype)
 
     @staticmethod
@@ -139,14 +139,14 @@ def name_fields(fields: Velocities) -> dict[str, Tensor | None]:
     return dict(zip(("cond", "text_uncond", "image_uncond"), fields, strict=True))
 
 
-def name_guidance(guidance: Guidance, cu_seqlens: Tensor, path: str) -> dict[str, Tensor | int | None]:
-    """The guidance as the compiled ops call it. A GPU is told a mode common to all as a constant."""
+def name_guidance(guidance: Guidance, cu_seqlens: Tensor) -> dict[str, Tensor | int | None]:
+    """The guidance as the compiled ops call it. A mode common to all is told as a constant."""
     numbers = {
         "text_scale": guidance.text_scale_B,
         "image_scale": guidance.image_scale_B,
         "renorm_min": guidance.renorm_min_B,
     }
-    if path != "cpp" and isinstance(guidance.renorm, str):
+    if isinstance(guidance.renorm, str):
         return {**numbers, "renorm": None, "common_renorm": RENORMS.index(guidance.renorm)}
     numbers["renorm"] = encode_renorm(guidance, cu_seqlens).renorm
     return numbers

@@ -78,7 +78,7 @@ def run(
     """The next samples and log-probs, on the CPU."""
     case = FlowCase(**{name: value.to(machine.device) for name, value in vars(case).items()})
     guided, step = case.guided(renorm), case.step(has_keys)
-    names = name_fields(guided["velocities"]) | name_guidance(guided["guidance"], case.cu_seqlens, "cuda")
+    names = name_fields(guided["velocities"]) | name_guidance(guided["guidance"], case.cu_seqlens)
     names |= name_step(step["coefficients"], step["noise"], case.logprob(reduction))
     results = guided_flow_step_cuda(sample=case.sample_LC, cu_seqlens=case.cu_seqlens, **names, **options)
     return tuple(result.cpu() for result in results)
@@ -199,7 +199,7 @@ def test_what_no_sample_uses_may_be_left_out(machine):
     off = replace(case, text_scale_B=torch.ones(2))
     guidance = Guidance(off.text_scale_B.to(machine.device))
     step = name_step(off.step()["coefficients"], None, None) | {"std": None}
-    names = name_fields((off.cond_LC, None, None)) | name_guidance(guidance, off.cu_seqlens, "cuda") | step
+    names = name_fields((off.cond_LC, None, None)) | name_guidance(guidance, off.cu_seqlens) | step
     names = {
         name: value.to(machine.device) if isinstance(value, torch.Tensor) else value
         for name, value in names.items()
@@ -214,7 +214,7 @@ def test_what_no_sample_uses_may_be_left_out(machine):
 def test_opcheck(emulator, monkeypatch):
     case = make_case([3, 0, 5], 7)
     guided, step = case.guided(MIXED[:3]), case.step(True)
-    names = name_fields(guided["velocities"]) | name_guidance(guided["guidance"], case.cu_seqlens, "cuda")
+    names = name_fields(guided["velocities"]) | name_guidance(guided["guidance"], case.cu_seqlens)
     names |= name_step(step["coefficients"], step["noise"], case.logprob())
     arguments = {"sample": case.sample_LC, "cu_seqlens": case.cu_seqlens, **names}
     monkeypatch.setattr(torch, "empty", poison_free_empty)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from realign_kernels import dispatch, guided_velocity, native
 from realign_kernels.arguments import LogProbCoefficients, NoiseKeys, StepCoefficients
@@ -344,6 +345,24 @@ def test_arrays_that_are_not_contiguous():
     for ours, expected in zip(run_guided_step(FlowCase(**strided)), run_guided_step(case), strict=True):
         assert ours.is_contiguous()
         assert torch.equal(ours, expected)
+
+
+@needs_cpp
+def test_compiled_and_traced_calls_are_the_op_too():
+    """They go through torch's dispatcher, which eager calls skip."""
+    case = make_case([30, 4], 6)
+
+    def step(sample_LC: Tensor) -> tuple[Tensor, Tensor]:
+        return native.guided_flow_step_cpp(
+            **{**step_of(case, "keys"), "sample": sample_LC}, **guidance_of(case)
+        )
+
+    expected, op = step(case.sample_LC), torch.ops.realign_kernels.guided_flow_step.default
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(case.sample_LC)
+    graph = make_fx(step)(case.sample_LC)
+    assert sum(node.target is op for node in graph.graph.nodes) == 1
+    for results in (compiled, graph(case.sample_LC), op(**step_of(case, "keys"), **guidance_of(case))):
+        assert all(torch.equal(ours, first) for ours, first in zip(results, expected, strict=True))
 
 
 PATHS = {"cpp": False, "triton": False}
