@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--op", action="append", default=[], help="this op only; may be repeated")
     parser.add_argument("--quick", action="store_true", help="the first shape of each op only")
-    parser.add_argument("--seconds", type=float, default=0.2, help="time for each measurement (0.2)")
+    parser.add_argument("--seconds", type=float, default=0.15, help="time for each measurement (0.15)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (torch's own default)")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu.jsonl", help="where rows are appended")
     return parser

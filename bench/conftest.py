@@ -12,7 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--bench-op", action="append", choices=list(OPS), help="this op only; may be repeated")
     group.addoption("--bench-quick", action="store_true", help="the first shape of each op only")
-    group.addoption("--bench-seconds", type=float, default=0.2, help="time for each run of a case")
+    group.addoption("--bench-seconds", type=float, default=0.15, help="time for each run of a case")
     group.addoption("--bench-threads", type=int, help="torch threads")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from itertools import cycle
+from statistics import fmean
 
 import torch
 
@@ -15,25 +16,21 @@ from bench.case import Run
 from bench.gate import keep_right_runs
 from bench.registry import OPS
 
-ROUND_SECONDS = (
-    2e-3  # of repeated calls, so that the clock's grain and the cache left by another run do not count
-)
+# A round is long enough for the clock, and so short that on a busy machine most rounds pass between two
+# interruptions: the median is then one of those.
+ROUND_SECONDS = 3e-4
 MIN_TURNS = 7
+NEVER_ON_CPU = ("triton", "cuda")  # Triton's interpreter says nothing of speed
 
 
 def test_case(op, shape, seconds, benchmark):
     case = OPS[op].build(shape, torch.device("cpu"))
     runs, notes = keep_right_runs(case)
-    runs = {
-        name: run for name, run in runs.items() if name not in ("triton", "cuda")
-    }  # never at speed on a CPU
     with torch.no_grad():
-        calls = {name: count_calls(run) for name, run in runs.items()}
-        turns = cycle([(run, calls[name]) for name, run in runs.items()])
-        begin = time.perf_counter()
-        for run, count in [next(turns) for _ in runs]:
-            call_often(run, count)
-        num_turns = max(MIN_TURNS, int(seconds * len(runs) / (time.perf_counter() - begin)))
+        times = {name: time_calls(run) for name, run in runs.items() if name not in NEVER_ON_CPU}
+        calls = {name: max(1, int(ROUND_SECONDS / min(some))) for name, some in times.items()}
+        one_turn = sum(calls[name] * fmean(some) for name, some in times.items())
+        turns = cycle([(runs[name], count) for name, count in calls.items()])
         benchmark.extra_info.update(
             op=op,
             shape=str(shape),
@@ -44,15 +41,19 @@ def test_case(op, shape, seconds, benchmark):
             threads=torch.get_num_threads(),
             torch=torch.__version__,
         )
-        benchmark.pedantic(call_often, setup=lambda: (next(turns), {}), rounds=num_turns * len(runs))
+        num_turns = max(MIN_TURNS, int(seconds * len(calls) / one_turn))
+        benchmark.pedantic(call_often, setup=lambda: (next(turns), {}), rounds=num_turns * len(calls))
 
 
-def count_calls(run: Run) -> int:
-    """How many calls make a round."""
+def time_calls(run: Run) -> list[float]:
+    """Seconds of a few calls, after one to warm up."""
     run()
-    begin = time.perf_counter()
-    run()
-    return max(1, int(ROUND_SECONDS / (time.perf_counter() - begin)))
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return times
 
 
 def call_often(run: Run, count: int) -> None:
