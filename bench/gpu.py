@@ -19,7 +19,7 @@ import torch
 
 from bench.__main__ import print_table
 from bench.device import CudaTimer
-from bench.green import Verdict, find_test, list_test_commands, run_tests
+from bench.green import Verdict, is_green, list_test_commands, run_tests
 from bench.measure import Measured, Task, compile_case, make_rows, measure_case
 from bench.registry import OPS
 from bench.rows import RESULTS, GpuRow, append_rows, name_commit
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = plan_tasks(options.op or list(OPS))
     verdicts = check_and_compile(tasks, begin + 60 * options.minutes * TESTS_SHARE)
     report_verdicts(verdicts, options.out.with_suffix(".tests.log"))
-    green = [task for task in tasks if verdicts[find_test(task.op).stem].is_green]
+    green = [task for task in tasks if is_green(task.op, verdicts)]
     rows, problems = measure_all(green, options, begin + 60 * options.minutes)
     print_table([row for row in rows if row.impl in FAST], COLUMNS)
     print(*problems, sep="\n")

@@ -27,15 +27,21 @@ class Verdict:
 
 
 def list_test_commands(ops: Sequence[str]) -> dict[str, list[str]]:
-    """pytest's arguments by name: the file of each op, other files of kernels, what else needs a GPU."""
-    commands = {find_test(op).stem: [str(find_test(op))] for op in ops}
+    """pytest's arguments by name: the files of the ops, other files of kernels, what else needs a GPU."""
+    commands = {path.stem: [str(path)] for op in ops for path in find_tests(op)}
     commands |= {path.stem: [str(path)] for path in sorted(KERNEL_TESTS.glob("test_*.py"))}
     return commands | {"gpu": ["-m", "gpu", "--ignore", str(KERNEL_TESTS), str(ROOT / "tests")]}
 
 
-def find_test(op: str) -> Path:
-    """The test file of a bench entry: `swiglu.backward` is tested with `swiglu`."""
-    return KERNEL_TESTS / f"test_{op.partition('.')[0]}.py"
+def find_tests(op: str) -> list[Path]:
+    """The test files of a bench entry: for `swiglu.backward` `test_swiglu.py` and any `test_swiglu_*.py`."""
+    name = op.partition(".")[0]
+    return [KERNEL_TESTS / f"test_{name}.py", *sorted(KERNEL_TESTS.glob(f"test_{name}_*.py"))]
+
+
+def is_green(op: str, verdicts: dict[str, Verdict]) -> bool:
+    """True if all tests of a bench entry are green."""
+    return all(verdicts[path.stem].is_green for path in find_tests(op))
 
 
 def run_tests(commands: dict[str, list[str]], deadline: float, at_once: int) -> dict[str, Verdict]:

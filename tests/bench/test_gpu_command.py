@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import gpu
-from bench.green import Verdict, find_test
+from bench.green import Verdict
 from bench.registry import OPS
 from bench.rows import read_rows
 from tests.bench.fakes import WallTimer, compile_nothing, measure_in_no_time
@@ -50,10 +50,10 @@ def test_green_ops_are_measured(no_gpu_needed, tmp_path, capsys):
 
 
 def test_an_op_with_a_red_test_has_no_row(no_gpu_needed, monkeypatch, tmp_path, capsys):
-    red = find_test("swiglu").stem
-    monkeypatch.setattr(
-        gpu, "run_tests", lambda commands, *_: {name: RED if name == red else GREEN for name in commands}
-    )
+    def swiglu_is_red(commands, deadline, at_once):
+        return {name: RED if name == "test_swiglu" else GREEN for name in commands}
+
+    monkeypatch.setattr(gpu, "run_tests", swiglu_is_red)
     out = tmp_path / "gpu.jsonl"
     assert gpu.main(["--op", "swiglu", "--op", "guided_flow_step", "--out", str(out)]) == 1
     assert {row.op for row in read_rows(out)} == {"guided_flow_step"}

@@ -5,18 +5,26 @@ from __future__ import annotations
 import time
 
 from bench import green
-from bench.green import find_test, list_test_commands, run_tests
+from bench.green import Verdict, find_tests, is_green, list_test_commands, run_tests
 from bench.registry import OPS
 
 
 def test_every_entry_has_its_test_file_and_the_rest_runs_too():
     commands = list_test_commands(["swiglu"])
-    assert commands["test_swiglu"] == [str(find_test("swiglu"))]
+    assert commands["test_swiglu"] == [str(green.KERNEL_TESTS / "test_swiglu.py")]
     assert {path.stem for path in green.KERNEL_TESTS.glob("test_*.py")} <= set(commands)
     assert "gpu" in commands
-    assert find_test("swiglu.backward") == find_test("swiglu")
+    assert find_tests("swiglu.backward") == find_tests("swiglu")
     for op in OPS:
-        assert find_test(op).is_file(), f"{op} has no test"
+        assert find_tests(op)[0].is_file(), f"{op} has no test"
+
+
+def test_an_op_is_green_if_all_its_files_are():
+    files = [path.stem for path in find_tests("guided_flow_step")]
+    assert files == ["test_guided_flow_step", "test_guided_flow_step_cuda"]
+    verdicts = {name: Verdict(True, 1.0, "") for name in files}
+    assert is_green("guided_flow_step.sde", verdicts)
+    assert not is_green("guided_flow_step.sde", verdicts | {files[1]: Verdict(False, 1.0, "")})
 
 
 def test_green_red_empty_and_missing(tmp_path):
