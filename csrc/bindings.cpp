@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "clip_preprocess.h"
 #include "group_advantage.h"
 #include "guided_flow_step.h"
 #include "philox_normal.h"
@@ -101,6 +102,25 @@ void bind_philox_normal(py::module_& m) {
 }
 
 void bind_group_advantage(py::module_& m) {
+void bind_clip_preprocess(py::module_& m) {
+  using realign::ClipPreprocessParams;
+  py::class_<ClipPreprocessParams> params(m, "ClipPreprocessParams");
+  params.def(py::init<>())
+      .def_readwrite("num_pictures", &ClipPreprocessParams::num_pictures)
+      .def_readwrite("height", &ClipPreprocessParams::height)
+      .def_readwrite("width", &ClipPreprocessParams::width)
+      .def_readwrite("level_bytes", &ClipPreprocessParams::level_bytes)
+      .def_readwrite("num_threads", &ClipPreprocessParams::num_threads)
+      .def_readwrite("fill", &ClipPreprocessParams::fill)
+      .def_property(
+          "type", [](const ClipPreprocessParams& self) { return int(self.type); },
+          [](ClipPreprocessParams& self, int code) { self.type = realign::PictureType(code); });
+  def_address(params, "pictures", &ClipPreprocessParams::pictures);
+  def_address(params, "levels", &ClipPreprocessParams::levels);
+  def_address(params, "out", &ClipPreprocessParams::out);
+  m.def("clip_preprocess", &realign::clip_preprocess, py::call_guard<py::gil_scoped_release>());
+}
+
   using realign::GroupAdvantageParams;
   py::class_<GroupAdvantageParams> params(m, "GroupAdvantageParams");
   params.def(py::init<>())
@@ -133,3 +153,4 @@ PYBIND11_MODULE(_C, m) {
   bind_philox_normal(m);
   bind_group_advantage(m);
 }
+  bind_clip_preprocess(m);
