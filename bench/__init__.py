@@ -1,1 +1,1 @@
-"""Measurements: `python -m bench`. Nothing in the package imports this."""
+"""Measurements: `python -m bench` (CPU), `bench.gpu`, `bench.aot`, `bench.plot`. No package imports this."""
