@@ -94,11 +94,11 @@ def draw_panels(rows: Sequence[Row], quantity: Quantity) -> Figure:
 def select_rows(rows: Sequence[Row], quantity: Quantity) -> list[Row]:
     """The last row of each kind that is to be drawn.
 
-    Not drawn: the reference, plain torch where it is 1 by definition, and of several numbers of threads the
-    smaller ones.
+    Not drawn: the reference, plain torch where it is 1 by definition, further entries of an op (their rows are
+    for reading: `swiglu.backward`), and of several numbers of threads the smaller ones.
     """
     hidden = ("reference", PLAIN) if quantity is SPEED else ("reference",)
-    rows = [row for row in keep_latest(rows) if row.impl not in hidden]
+    rows = [row for row in keep_latest(rows) if row.impl not in hidden and "." not in row.op]
     threads = max((getattr(row, "threads", 0) for row in rows), default=0)
     fast = {row.op for row in rows if row.impl in ("cpp", "triton", "cuda")}
     return [row for row in rows if row.op in fast and getattr(row, "threads", 0) == threads]

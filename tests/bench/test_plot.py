@@ -40,7 +40,9 @@ def rows():
     """Two ops; one has another path of ours."""
     plain, library = replace(ROW, impl="torch"), replace(ROW, impl="diffusers", dtype="bfloat16")
     slow = replace(ROW, op="rms_norm", impl="reference")
-    return [row for one in (ROW, plain, library, slow, replace(slow, impl="torch")) for row in grow(one)]
+    further = replace(ROW, op="swiglu.backward")
+    kinds = (ROW, plain, library, slow, replace(slow, impl="torch"), further)
+    return [row for one in kinds for row in grow(one)]
 
 
 def test_a_panel_has_a_line_for_each_run_and_dtype(rows):
