@@ -15,6 +15,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -77,7 +78,7 @@ def draw_panels(rows: Sequence[Row], quantity: Quantity) -> Figure:
     colors = choose_colors(rows)
     num_lines = max(1, math.ceil(len(ops) / NUM_COLUMNS))
     figure = Figure(figsize=(11, 1.1 + 2.15 * num_lines), dpi=150, layout="constrained")
-    panels = figure.subplots(num_lines, NUM_COLUMNS, squeeze=False, sharey=True).flatten()
+    panels = figure.subplots(num_lines, NUM_COLUMNS, squeeze=False).flatten()
     for panel, op in zip(panels, ops, strict=False):
         draw_op(panel, [row for row in rows if row.op == op], quantity, colors)
         panel.set_title(op, fontsize=10, loc="left", family="monospace")
@@ -94,8 +95,8 @@ def draw_panels(rows: Sequence[Row], quantity: Quantity) -> Figure:
 def select_rows(rows: Sequence[Row], quantity: Quantity) -> list[Row]:
     """The last row of each kind that is to be drawn.
 
-    Not drawn: the reference, plain torch where it is 1 by definition, further entries of an op (their rows are
-    for reading: `swiglu.backward`), and of several numbers of threads the smaller ones.
+    Not drawn: the reference, plain torch where it is 1 by definition, further entries of an op (the rows of
+    `swiglu.backward` are for reading), and of several numbers of threads the smaller ones.
     """
     hidden = ("reference", PLAIN) if quantity is SPEED else ("reference",)
     rows = [row for row in keep_latest(rows) if row.impl not in hidden and "." not in row.op]
@@ -125,18 +126,24 @@ def draw_op(panel: Axes, rows: Sequence[Row], quantity: Quantity, colors: dict[s
         points = [(size, value) for size, values in by_size.items() for value in values]
         panel.plot(*zip(*means, strict=True), LINES[dtype], color=colors[impl], linewidth=1.4)
         panel.plot(*zip(*points, strict=True), "o", color=colors[impl], markersize=3)
+    panel.set_xscale("log")
+    mark_decades(panel.xaxis)
     if quantity.is_ratio:
         panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-        panel.yaxis.set_minor_locator(NullLocator())
+        mark_decades(panel.yaxis)
     else:
         panel.set_ylim(0, 1.05)
-    panel.set_xscale("log")
-    for axis in (panel.xaxis, panel.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.tick_params(labelsize=8)
     panel.grid(color="#DDDDDD", linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def mark_decades(axis: Axis) -> None:
+    """Numbers at 1, 10, 100; between them too where there would be few."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def count_megabytes(row: Row) -> float:
