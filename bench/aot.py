@@ -1,0 +1,221 @@
+"""`python -m bench.aot`: compile every kernel for sm_80 and sm_90, no GPU needed, and say what each takes.
+
+A row in `results/aot.jsonl` per kernel and configuration: registers, stack (spills are there), shared memory,
+widths of loads and stores. Triton's launches are recorded from the bench entries, with tensors on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch.overrides import TorchFunctionMode
+
+from bench.case import Op, Shape
+from bench.compiling import compile_cuda, compile_triton, specialise
+from bench.machine_code import Usage, Widths, find_tool
+from bench.registry import OPS
+from bench.rows import RESULTS as FOLDER
+from bench.rows import name_commit
+from csrc.nvcc import CAPABILITIES, NOT_FOUND, find_nvcc
+from realign_kernels import launch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = FOLDER / "aot.jsonl"
+FEW = 1024
+COLUMNS = (
+    "op",
+    "kernel",
+    "configuration",
+    "capability",
+    "num_warps",
+    "registers",
+    "stack_bytes",
+    "shared_bytes",
+    "loads",
+    "stores",
+)
+
+
+@dataclass(frozen=True)
+class KernelResources:
+    """One compiled kernel, as it stands in `results/aot.jsonl`.
+
+    Attributes:
+        configuration: see `Specialised.describe`; of a CUDA kernel, its template arguments.
+        capability: ten times the compute capability: 80, 90.
+        num_warps: of a Triton kernel; 0 for CUDA, where a launch says.
+        registers: per thread.
+        stack_bytes: per thread; not 0 means spilled registers, or arrays outside registers.
+        shared_bytes: per block, without what the launch of a CUDA kernel adds.
+        loads, stores: number of instructions on global memory by their width in bytes.
+    """
+
+    op: str
+    language: str
+    kernel: str
+    configuration: str
+    capability: int
+    num_warps: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 1 if a kernel spills."""
+    options = build_parser().parse_args(arguments)
+    if launch.is_interpreting():
+        raise SystemExit("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # what is reported was compiled now
+        rows = list(compile_all(options.op or list(OPS), options.capability))
+    print_table(rows)
+    write_rows(rows, options.out)
+    print(f"{len(rows)} rows written to {options.out}")
+    spilled = [row for row in rows if row.stack_bytes]
+    for row in spilled:
+        print(f"{row.kernel} on sm_{row.capability} spills {row.stack_bytes} bytes: {row.configuration}")
+    return int(bool(spilled))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of `python -m bench.aot`."""
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
+    parser.add_argument("--op", action="append", choices=list(OPS), help="this op only; may be repeated")
+    parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES), help="80 90")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"file the rows go to ({RESULTS.name})")
+    return parser
+
+
+def compile_all(ops: Sequence[str], capabilities: Sequence[int]) -> Iterator[KernelResources]:
+    """Rows of the Triton kernels of these ops, then of the CUDA files of the same names, where nvcc is."""
+    for name in ops:
+        yield from compile_op(name, OPS[name], capabilities)
+    sources = [path for path in sorted(ROOT.glob("csrc/*.cu")) if path.stem in ops]
+    if sources and find_nvcc() is None:
+        print(f"NOTICE: {len(sources)} CUDA files are left out: {NOT_FOUND}")
+        return
+    for source in sources:
+        for capability in capabilities:
+            for name, resources in compile_cuda(source, capability).items():
+                yield build_row(source.stem, "cuda", *name, capability, 0, *resources)
+
+
+def compile_op(name: str, op: Op, capabilities: Sequence[int]) -> Iterator[KernelResources]:
+    """One row per distinct configuration of the op's Triton kernels and chip."""
+    done = set()
+    for shape in pick_shapes(op):
+        for recorded in record_case(op, shape):
+            for capability in capabilities:
+                chosen = specialise(recorded, capability)
+                label = (chosen.kernel.__name__, chosen.describe(), capability, recorded.num_warps)
+                if label not in done:
+                    done.add(label)
+                    yield build_row(name, "triton", *label, *compile_triton(chosen, capability))
+
+
+def pick_shapes(op: Op) -> list[Shape]:
+    """The GPU's, with few tokens: a kernel never depends on how many there are."""
+    short = [
+        Shape(
+            {name: min(size, FEW) if name == "L" else size for name, size in shape.sizes.items()}, shape.dtype
+        )
+        for shape in op.gpu_shapes
+    ]
+    return list({(str(shape), shape.dtype): shape for shape in short}.values())
+
+
+def record_case(op: Op, shape: Shape) -> list[launch.Launch]:
+    """The launches of an op's Triton run; none where it has none."""
+    with launch.record_launches() as launches, torch.no_grad(), NoRandomNumbers():
+        run = op.build(shape, torch.device("cpu")).runs.get("triton")
+        if run is not None:
+            run()
+    return launches
+
+
+class NoRandomNumbers(TorchFunctionMode):
+    """Zeros in place of random floats, whose drawing would take most of the time."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func in (torch.randn, torch.rand):
+            kwargs.pop("generator", None)
+            return torch.zeros(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def build_row(
+    op: str,
+    language: str,
+    kernel: str,
+    configuration: str,
+    capability: int,
+    num_warps: int,
+    usage: Usage,
+    widths: Widths,
+) -> KernelResources:
+    """A row."""
+    return KernelResources(
+        op, language, kernel, configuration, capability, num_warps, **asdict(usage), **asdict(widths)
+    )
+
+
+def print_table(rows: Sequence[KernelResources]) -> None:
+    """The rows for people. Widths are written `6x16 1x4`: six of 16 bytes, one of 4."""
+    table = Table(*COLUMNS)
+    for row in rows:
+        fields = asdict(row) | {name: format_widths(getattr(row, name)) for name in ("loads", "stores")}
+        table.add_row(*(escape(str(fields[column])) for column in COLUMNS))
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+def format_widths(widths: dict[int, int]) -> str:
+    """`6x16 1x4`, the widest first."""
+    return " ".join(f"{count}x{width}" for width, count in sorted(widths.items(), reverse=True))
+
+
+def write_rows(rows: Sequence[KernelResources], path: Path) -> None:
+    """One JSON object a line, in place of what the file held: it says what the code of now compiles to."""
+    origin = describe_origin()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(row) | origin) + "\n" for row in rows)
+
+
+def describe_origin() -> dict[str, str]:
+    """The commit and the compilers."""
+    return {
+        "commit": name_commit(),
+        "triton": version("triton"),
+        "triton_ptxas": find_version(find_tool("ptxas")),
+        "nvcc": find_version(find_nvcc()),
+    }
+
+
+def find_version(tool: Path | None) -> str:
+    """The release a tool of CUDA says it is; empty without the tool."""
+    if tool is None:
+        return ""
+    text = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release [\d.]+, V([\d.]+)", text)[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
