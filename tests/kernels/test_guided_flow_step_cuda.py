@@ -27,7 +27,9 @@ from tests.kernels.flow_cases import (
 SIZES = [1, 2, 4, 8, 16]
 ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-MIXED = ["global", "channel", "none", "text_channel", "global"]
+# With the scales of flow_cases, samples 0, 2, 4, 5 and 7 are guided, 0, 4 and 5 with an image too.
+LENGTHS = [150, 1, 33, 0, 400, 90, 2, 1]
+MIXED = ["global", "channel", "channel", "global", "text_channel", "channel", "none", "global"]
 
 
 HAS_CLUSTERS = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
@@ -119,8 +121,7 @@ def test_where_no_sum_is_it_has_the_bits_of_the_definition(channels, has_keys, d
 @pytest.mark.parametrize("renorm", [*RENORMS, MIXED])
 @pytest.mark.parametrize("channels", [1, 8, 20, 65])
 def test_results_are_those_of_the_definition(channels, renorm, reduction, machine):
-    lengths = [90, 1, 33, 0, 64]
-    case = make_case(lengths, channels).samples_to(torch.bfloat16)
+    case = make_case(LENGTHS, channels).samples_to(torch.bfloat16)
     actual, expected = run(machine, case, renorm, True, reduction), define(case, renorm, True, reduction)
     torch.testing.assert_close(actual[0], expected[0], rtol=2 * torch.finfo(torch.bfloat16).eps, atol=1e-6)
     # A rounding of x_next the other way is within the log-prob too: it is of the x_next that is returned.
@@ -130,7 +131,7 @@ def test_results_are_those_of_the_definition(channels, renorm, reduction, machin
 @pytest.mark.parametrize("cluster_size", SIZES)
 @pytest.mark.parametrize("channels", [64, 20])
 def test_bits_do_not_depend_on_the_size_of_the_cluster(channels, cluster_size, machine):
-    case = make_case([150, 1, 33, 0, 400], channels).velocities_to(torch.bfloat16)
+    case = make_case(LENGTHS, channels).velocities_to(torch.bfloat16)
     assert_same_bits(
         run(machine, case, MIXED, True, cluster_size=cluster_size), run(machine, case, MIXED, True)
     )
@@ -139,7 +140,7 @@ def test_bits_do_not_depend_on_the_size_of_the_cluster(channels, cluster_size, m
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [64, 65])
 def test_a_sample_alone_has_the_bits_it_has_in_a_batch(channels, dtype, machine):
-    case = make_case([150, 1, 33, 0, 64], channels).velocities_to(dtype)
+    case = make_case(LENGTHS, channels).velocities_to(dtype)
     alone = [run(machine, case.take(index), mode, True) for index, mode in enumerate(MIXED)]
     expected = tuple(torch.cat(parts) for parts in zip(*alone, strict=True))
     assert_same_bits(run(machine, case, MIXED, True), expected)
@@ -148,14 +149,14 @@ def test_a_sample_alone_has_the_bits_it_has_in_a_batch(channels, dtype, machine)
 @pytest.mark.parametrize("max_tokens", [1, 16, 100, 1000])
 @pytest.mark.parametrize("channels", [64, 20])
 def test_a_sample_that_finds_no_room_has_the_same_bits(channels, max_tokens, machine):
-    case = make_case([150, 300, 33, 310, 20], channels).velocities_to(torch.bfloat16)
+    case = make_case(LENGTHS, channels).velocities_to(torch.bfloat16)
     assert_same_bits(run(machine, case, MIXED, max_tokens=max_tokens), run(machine, case, MIXED))
 
 
 @pytest.mark.parametrize("cluster_size", SIZES)
 @pytest.mark.parametrize("order", ORDERS)
 def test_bits_do_not_depend_on_the_order_of_threads(order, cluster_size, emulator):
-    case = make_case([150, 1, 33, 0, 400], 64)
+    case = make_case(LENGTHS, 64)
     expected = run(emulator, case, MIXED, True)
     emulator.order = order
     assert_same_bits(run(emulator, case, MIXED, True, cluster_size=cluster_size), expected)
@@ -163,7 +164,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(order, cluster_size, emulato
 
 @pytest.mark.parametrize("shared_bytes", [1 << 12, 1 << 13, 1 << 15])
 def test_bits_do_not_depend_on_the_size_of_shared_memory(shared_bytes, emulator):
-    case = make_case([150, 1, 33, 0, 400], 64)
+    case = make_case(LENGTHS, 64)
     expected = run(emulator, case, MIXED, True)
     emulator.shared_bytes = shared_bytes
     assert_same_bits(run(emulator, case, MIXED, True), expected)
