@@ -1,0 +1,1 @@
+"""Whole pictures: the engine against the reference's algorithm. `python -m bench.generate`."""
