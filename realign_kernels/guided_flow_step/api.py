@@ -9,6 +9,7 @@ from realign_kernels.arguments import Guidance, LogProbCoefficients, StepCoeffic
 from realign_kernels.dispatch import choose_impl
 from realign_kernels.flow_step.api import check_step, name_step
 from realign_kernels.flow_step.reference import Noise
+from realign_kernels.guided_flow_step import cuda
 from realign_kernels.guided_flow_step.reference import guided_flow_step_reference
 from realign_kernels.guided_velocity.api import (
     Velocities,
@@ -38,7 +39,8 @@ def guided_flow_step(
         sample_LC, coefficients, noise, logprob: as in `flow_step`.
         velocities, guidance: as in `guided_velocity`.
         cu_seqlens: int32 [B+1], offsets of the samples.
-        impl: `"auto"` (table in `dispatch.py`), `"reference"`, `"cpp"`, `"triton"`.
+        impl: `"auto"` (table in `dispatch.py`; `"cuda"` where `cuda.py` says it was measured to be faster),
+            `"reference"`, `"cpp"`, `"triton"` or `"cuda"`, for GPUs with thread-block clusters.
 
     Returns: [L, C] in the dtype of `sample_LC`; with `logprob`, that and the log-probs, float32 [B].
     Raises: ValueError naming the argument and its value.
@@ -46,7 +48,9 @@ def guided_flow_step(
     fields = check_guidance(velocities, cu_seqlens, guidance)
     check_step("velocities[0]", fields[0], sample_LC, cu_seqlens, coefficients, noise, logprob)
     tensors = (sample_LC, *fields, noise if isinstance(noise, Tensor) else None)
-    path = choose_impl("guided_flow_step", impl, tensors, {"cpp": False, "triton": False})
+    path = choose_impl("guided_flow_step", impl, tensors, {"cpp": False, "triton": False, "cuda": False})
+    if impl == "auto" and path == "triton" and cuda.is_faster(sample_LC, cu_seqlens):
+        path = "cuda"
     if path == "reference":
         step = (coefficients, noise, logprob)
         return guided_flow_step_reference(
@@ -55,7 +59,7 @@ def guided_flow_step(
     if path == "triton":
         from realign_kernels.guided_flow_step.triton import guided_flow_step_triton as run
     else:
-        run = native.guided_flow_step_cpp
+        run = cuda.guided_flow_step_cuda if path == "cuda" else native.guided_flow_step_cpp
     names = (
         name_fields(fields) | name_guidance(guidance, cu_seqlens) | name_step(coefficients, noise, logprob)
     )

@@ -24,10 +24,17 @@ SCHEMA = (
 )
 
 
-def is_faster(num_tokens: int, num_samples: int) -> bool:
-    """True where so many packed tokens of so many samples were measured to be faster on this path."""
-    mean = num_tokens // max(num_samples, 1)
-    return any(mean in tokens and num_samples in samples for tokens, samples in MEASURED_FASTER)
+def is_faster(sample_LC: Tensor, cu_seqlens: Tensor) -> bool:
+    """True where samples of this mean length, so many of them, were measured to be faster on this path."""
+    num_samples = cu_seqlens.numel() - 1
+    mean = sample_LC.shape[0] // max(num_samples, 1)
+    is_measured = any(mean in tokens and num_samples in samples for tokens, samples in MEASURED_FASTER)
+    return is_measured and native.has_cuda() and has_clusters(sample_LC.device)
+
+
+def has_clusters(device: torch.device) -> bool:
+    """True for a GPU that has thread-block clusters."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @torch.library.custom_op("realign_kernels::guided_flow_step_cuda", mutates_args=(), schema=SCHEMA)
@@ -83,9 +90,8 @@ def guided_flow_step_cuda(
 
 def find_stream(device: torch.device) -> tuple[int, int]:
     """The device's number and its current stream. Raises ValueError for a GPU without clusters."""
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 9:
-        name = torch.cuda.get_device_name(device)
+    if not has_clusters(device):
+        name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         raise ValueError(
             f"impl is 'cuda' and {name} has compute capability {major}.{minor}: "
             "thread-block clusters need 9.0; use impl='triton'"

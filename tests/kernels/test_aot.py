@@ -47,7 +47,7 @@ def list_kernels() -> set[str]:
     """Names of the kernels: functions with `@triton.jit` that no other such function calls."""
     trees = [ast.parse(path.read_text()) for path in ROOT.glob("realign_kernels/**/*.py")]
     functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    compiled = [node for node in functions if "triton.jit" in map(ast.unparse, node.decorator_list)]
+    compiled = [node for node in functions if "triton.jit" in " ".join(map(ast.unparse, node.decorator_list))]
     calls = [call for node in compiled for call in ast.walk(node) if isinstance(call, ast.Call)]
     return {node.name for node in compiled} - {ast.unparse(call.func) for call in calls}
 

@@ -234,10 +234,16 @@ def test_a_gpu_without_clusters_is_refused(monkeypatch):
         cuda.find_stream(torch.device("cuda", 0))
 
 
-def test_auto_is_told_where_it_was_measured_to_be_faster(monkeypatch):
-    assert not cuda.is_faster(96 * 4096, 96)
-    assert not cuda.is_faster(0, 0)
+def test_auto_is_told_where_it_was_measured_to_be_faster(monkeypatch, emulator):
+    def is_faster(num_tokens: int, num_samples: int) -> bool:
+        return cuda.is_faster(torch.empty(num_tokens, 1), torch.zeros(num_samples + 1))
+
+    monkeypatch.setattr(cuda, "has_clusters", lambda device: True)
+    assert not is_faster(96 * 4096, 96)
     monkeypatch.setattr(cuda, "MEASURED_FASTER", ((range(1024, 8193), range(8, 97)),))
-    assert cuda.is_faster(96 * 4096, 96)
-    assert not cuda.is_faster(4096, 1)
-    assert not cuda.is_faster(96 * 64, 96)
+    assert is_faster(96 * 4096, 96)
+    assert not is_faster(4096, 1)
+    assert not is_faster(96 * 64, 96)
+    assert not is_faster(0, 0)
+    monkeypatch.setattr(cuda, "has_clusters", lambda device: False)
+    assert not is_faster(96 * 4096, 96)
