@@ -1,8 +1,9 @@
 """Makes Triton's interpreter right about bfloat16, for tests.
 
-It keeps bfloat16 as 16-bit integers, widens them correctly, and truncates when it narrows. Kernels of this
-package widen before any arithmetic and narrow once at a store: rounding there to nearest even, as the chip
-does, is all that is missing.
+It keeps bfloat16 as 16-bit integers, widens them correctly, truncates when it narrows, and multiplies
+matrices of the integers themselves. Kernels of this package widen before any other arithmetic and narrow once
+at a store: rounding there to nearest even, and products of what the integers mean, are all that is missing.
+A number of a product has the same bits wherever in a tile it stands, as on the chip, and not as in the BLAS.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import torch
 
 
 def install_bfloat16() -> None:
-    """Replace the interpreter's cast between float32 and bfloat16 by torch's."""
+    """Replace the interpreter's cast between float32 and bfloat16 by torch's, and its products of floats."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     cast = interpreter.InterpreterBuilder.cast_impl
+    multiply = interpreter.InterpreterBuilder.create_dot
 
     def cast_as_torch_does(self, source, target):
         pair = (source.dtype.scalar, target.scalar)
@@ -25,8 +27,21 @@ def install_bfloat16() -> None:
             bits = wide.to(torch.bfloat16).view(torch.uint16).numpy()
             return interpreter.TensorHandle(bits, target.scalar)
         if pair == (tl.bfloat16, tl.float32):
-            bits = torch.from_numpy(np.ascontiguousarray(source.data)).view(torch.bfloat16)
-            return interpreter.TensorHandle(bits.to(torch.float32).numpy(), target.scalar)
+            return interpreter.TensorHandle(_widen(source.data), target.scalar)
         return cast(self, source, target)
 
+    def multiply_wide(self, a, b, total, *options):
+        if not a.dtype.scalar.is_floating() or a.dtype.scalar.primitive_bitwidth == 8:
+            return multiply(self, a, b, total, *options)
+        sides = (side.data if side.dtype.scalar != tl.bfloat16 else _widen(side.data) for side in (a, b))
+        a_NK, b_KM = (side.astype(np.float32) for side in sides)
+        products_NM = (a_NK[:, None, :] * b_KM.T[None, :, :]).sum(axis=-1)
+        return interpreter.TensorHandle(products_NM + total.data, total.dtype.scalar)
+
     interpreter.InterpreterBuilder.cast_impl = cast_as_torch_does
+    interpreter.InterpreterBuilder.create_dot = multiply_wide
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    """float32 of the bits of bfloat16."""
+    return torch.from_numpy(np.ascontiguousarray(bits)).view(torch.bfloat16).to(torch.float32).numpy()
