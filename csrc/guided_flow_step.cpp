@@ -93,7 +93,7 @@ class Run {
       const Buffers buffers(kNumSlots, normals_buffer_size(tiling_.max_numbers()));
 #pragma omp for schedule(static, 1)
       for (int part = 0; part < num_parts_; ++part) start_part(part_of(tiling_, part, num_parts_), buffers);
-#pragma omp for schedule(static, 1)
+#pragma omp for schedule(static, 1) nowait
       for (int part = 0; part < num_parts_; ++part) finish_part(part_of(tiling_, part, num_parts_), buffers);
     }
     if (params_.logprob != nullptr) write_logprobs();
@@ -164,39 +164,48 @@ class Run {
   void finish_tile(int64_t index, float factor, const Buffers& buffers) {
     const Tile& tile = tiling_[index];
     const Sample& sample = samples_[tile.sample];
-    const float* velocity = velocity_of(sample, tile, factor, buffers);
+    ScaledVelocity velocity = {velocity_of(sample, tile, buffers), factor};
     if (params_.sample == nullptr) {
-      narrow(velocity, params_.out_dtype, address_of(params_.out, params_.out_dtype, tile), tile.num_numbers);
+      write_velocity(velocity, tile, buffers);
       return;
     }
+    if (params_.logprob != nullptr && sample.needs_norm()) velocity = {scale(velocity, tile, buffers[kVelocity]), 1};
     const float* x = read(params_.sample, params_.sample_dtype, tile, buffers[kSample]);
     const float* noise = noise_of(sample, tile, buffers);
-    float* next = params_.out_dtype == Dtype::float32 ? out_of(tile) : buffers[kNext];
-    step(x, velocity, noise, sample.a, sample.b, sample.std, next, tile.num_numbers);
-    if (params_.out_dtype != Dtype::float32) {
-      void* out = address_of(params_.out, params_.out_dtype, tile);
-      narrow(next, params_.out_dtype, out, tile.num_numbers);
-      if (params_.logprob != nullptr) widen(out, params_.out_dtype, next, tile.num_numbers);
-    }
-    if (params_.logprob != nullptr) {
-      sums_[index].squared_errors = sum_squared_errors(next, x, velocity, sample.a, sample.b, tile.num_numbers);
+    float* next = keeps_velocity() ? out_of(tile) : buffers[kNext];
+    step({x, velocity, noise}, {sample.a, sample.b, sample.std}, next, tile.num_numbers);
+    if (!keeps_velocity()) write(next, tile);
+    if (params_.logprob == nullptr) return;
+    if (!keeps_velocity()) read(params_.out, params_.out_dtype, tile, next);
+    sums_[index].squared_errors = sum_squared_errors(next, x, velocity.numbers, sample.a, sample.b, tile.num_numbers);
+  }
+
+  void write_velocity(const ScaledVelocity& velocity, const Tile& tile, const Buffers& buffers) const {
+    if (keeps_velocity()) {
+      scale(velocity, tile, out_of(tile));
+    } else {
+      write(scale(velocity, tile, buffers[kVelocity]), tile);
     }
   }
 
-  // The velocity of a tile, with guidance and renorm.
-  const float* velocity_of(const Sample& sample, const Tile& tile, float factor, const Buffers& buffers) {
+  const float* scale(const ScaledVelocity& velocity, const Tile& tile, float* out) const {
+    multiply(velocity.numbers, velocity.factor, out, tile.num_numbers);
+    return out;
+  }
+
+  void write(const float* numbers, const Tile& tile) const {
+    narrow(numbers, params_.out_dtype, address_of(params_.out, params_.out_dtype, tile), tile.num_numbers);
+  }
+
+  // The velocity of a tile, with guidance and renorm, all but the factor of the global renorm.
+  const float* velocity_of(const Sample& sample, const Tile& tile, const Buffers& buffers) const {
     if (!sample.needs_norm()) return guide_by_token(sample, tile, buffers);
-    const float* guided = buffers[kVelocity];
-    if (keeps_velocity()) {
-      guided = out_of(tile);
-    } else {
-      guide_and_measure(branches_of(sample, tile), sample.guide, buffers[kVelocity], tile.num_numbers);
-    }
-    multiply(guided, factor, buffers[kVelocity], tile.num_numbers);
+    if (keeps_velocity()) return out_of(tile);
+    guide_and_measure(branches_of(sample, tile), sample.guide, buffers[kVelocity], tile.num_numbers);
     return buffers[kVelocity];
   }
 
-  const float* guide_by_token(const Sample& sample, const Tile& tile, const Buffers& buffers) {
+  const float* guide_by_token(const Sample& sample, const Tile& tile, const Buffers& buffers) const {
     const float* cond = read(params_.cond, params_.velocity_dtype, tile, buffers[kCond]);
     if (!sample.has_text) return cond;
     float* guided = buffers[kVelocity];

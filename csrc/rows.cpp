@@ -148,13 +148,16 @@ NormSquares guide_and_measure(const Branches& branches, const Guide& guide, floa
 }
 
 REALIGN_VECTOR_WIDTHS
-void step(const float* x, const float* v, const float* noise, float a, float b, float std, float* next, int64_t count) {
+void step(const StepInputs& inputs, const StepCoefficients& coefficients, float* next, int64_t count) {
+  const float *x = inputs.x, *v = inputs.v.numbers, *noise = inputs.noise;
+  const float factor = inputs.v.factor;
+  const float a = coefficients.a, b = coefficients.b, std = coefficients.std;
   if (noise == nullptr) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) next[i] = a * x[i] + b * v[i];
+    for (int64_t i = 0; i < count; ++i) next[i] = a * x[i] + b * (v[i] * factor);
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) next[i] = (a * x[i] + b * v[i]) + std * noise[i];
+    for (int64_t i = 0; i < count; ++i) next[i] = (a * x[i] + b * (v[i] * factor)) + std * noise[i];
   }
 }
 

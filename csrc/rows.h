@@ -47,8 +47,25 @@ struct Guide {
 // in float along 32 lanes, in double across them.
 NormSquares guide_and_measure(const Branches& branches, const Guide& guide, float* guided, int64_t count);
 
-// next = (a * x + b * v) + std * noise; noise may be null. next may be one of the inputs.
-void step(const float* x, const float* v, const float* noise, float a, float b, float std, float* next, int64_t count);
+// A velocity that is still to be multiplied by a factor.
+struct ScaledVelocity {
+  const float* numbers;
+  float factor;
+};
+
+// What a step starts from; noise may be null.
+struct StepInputs {
+  const float* x;
+  ScaledVelocity v;
+  const float* noise;
+};
+
+struct StepCoefficients {
+  float a, b, std;
+};
+
+// next = (a * x + b * v) + std * noise. next may be one of the inputs.
+void step(const StepInputs& inputs, const StepCoefficients& coefficients, float* next, int64_t count);
 
 // Sum of the squares of next - (a * x + b * v), in double.
 double sum_squared_errors(const float* next, const float* x, const float* v, float a, float b, int64_t count);

@@ -64,7 +64,7 @@ class CPUOp:
 
         Args:
             arguments, results: its schema's two sides.
-            run: from a dict of the arguments to the results.
+            run: from a dict of the arguments, which it may change, to the results.
             allocate: the same, but the results are not computed.
         """
         self._names = [argument.split()[-1].partition("=")[0] for argument in arguments.split(", ")]
@@ -93,21 +93,12 @@ def _is_watched(arguments: dict[str, Any]) -> bool:
     return not _PLAIN_TYPES.issuperset(map(type, arguments.values()))
 
 
-def _launch(run: Callable, params: Any, arguments: dict[str, Any]) -> None:
-    """Fill the parameters of an op on packed samples and run it; None leaves a parameter as it is."""
-    params.num_samples = arguments["cu_seqlens"].shape[0] - 1
-    params.num_threads = torch.get_num_threads()
-    alive = []
-    for name, argument in arguments.items():
-        if argument is None:
-            continue
-        if isinstance(argument, Tensor):
-            if not argument.is_contiguous():
-                argument = argument.contiguous()
-                alive.append(argument)
-            argument = argument.data_ptr()
-        setattr(params, name, argument)
-    run(params)
+def _launch(run: Callable, like_LC: Tensor, arguments: dict[str, Any]) -> None:
+    """Run an op on packed samples of so many channels; None is no argument."""
+    arguments["num_channels"] = like_LC.shape[1]
+    arguments["num_samples"] = arguments["cu_seqlens"].shape[0] - 1
+    arguments["num_threads"] = torch.get_num_threads()
+    run(arguments)
 
 
 def _allocate_velocity(arguments: dict[str, Any]) -> Tensor:
@@ -143,50 +134,46 @@ def _allocate_normals(arguments: dict[str, Any]) -> Tensor:
 
 
 def _run_velocity(arguments: dict[str, Any]) -> Tensor:
-    out_LC, cond = _allocate_velocity(arguments), arguments["cond"]
-    params = _C.FlowParams()
-    params.num_channels = cond.shape[1]
-    params.velocity_dtype = DTYPE_CODES[cond.dtype]
-    params.out_dtype = DTYPE_CODES[arguments.pop("out_dtype")]
-    _launch(_C.guided_flow_step, params, arguments | {"out": out_LC})
+    out_LC = arguments["out"] = _allocate_velocity(arguments)
+    arguments["velocity_dtype"] = DTYPE_CODES[arguments["cond"].dtype]
+    arguments["out_dtype"] = DTYPE_CODES[out_LC.dtype]
+    _launch(_C.guided_flow_step, out_LC, arguments)
     return out_LC
 
 
 def _run_step(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """With guidance, or without it where there are no scales."""
     next_LC, logprob_B = _allocate_step(arguments)
-    params = _C.FlowParams()
-    params.num_channels = next_LC.shape[1]
-    params.velocity_dtype = DTYPE_CODES[arguments["cond"].dtype]
-    params.sample_dtype = params.out_dtype = DTYPE_CODES[next_LC.dtype]
-    logprob = None if arguments["logprob_weight"] is None else logprob_B
-    _launch(_C.guided_flow_step, params, arguments | {"out": next_LC, "logprob": logprob})
+    arguments["out"] = next_LC
+    if arguments["logprob_weight"] is not None:
+        arguments["logprob"] = logprob_B
+    arguments["velocity_dtype"] = DTYPE_CODES[arguments["cond"].dtype]
+    arguments["sample_dtype"] = arguments["out_dtype"] = DTYPE_CODES[next_LC.dtype]
+    _launch(_C.guided_flow_step, next_LC, arguments)
     return next_LC, logprob_B
 
 
 def _run_unguided_step(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    return _run_step(arguments | {"cond": arguments.pop("velocity")})
+    arguments["cond"] = arguments.pop("velocity")
+    return _run_step(arguments)
 
 
 def _run_logprob(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     logprob_B, bias_B = _allocate_logprob(arguments)
-    params = _C.LogProbParams()
-    params.num_channels = arguments["sample"].shape[1]
-    params.sample_dtype = DTYPE_CODES[arguments["sample"].dtype]
-    params.velocity_dtype = DTYPE_CODES[arguments["velocity"].dtype]
-    bias = None
+    arguments["logprob"] = logprob_B
+    arguments["sample_dtype"] = DTYPE_CODES[arguments["sample"].dtype]
+    arguments["velocity_dtype"] = DTYPE_CODES[arguments["velocity"].dtype]
     if arguments["bias_weight"] is not None:
-        params.old_velocity_dtype = DTYPE_CODES[arguments["old_velocity"].dtype]
-        bias = bias_B
-    _launch(_C.sde_logprob, params, arguments | {"logprob": logprob_B, "bias": bias})
+        arguments["bias"] = bias_B
+        arguments["old_velocity_dtype"] = DTYPE_CODES[arguments["old_velocity"].dtype]
+    _launch(_C.sde_logprob, arguments["sample"], arguments)
     return logprob_B, bias_B
 
 
 def _run_normal(arguments: dict[str, Any]) -> Tensor:
-    out_LC = _allocate_normals(arguments)
-    params = _C.NormalParams()
+    out_LC = arguments["out"] = _allocate_normals(arguments)
     del arguments["num_tokens"]
-    _launch(_C.philox_normal, params, arguments | {"out": out_LC})
+    _launch(_C.philox_normal, out_LC, arguments)
     return out_LC
 
 

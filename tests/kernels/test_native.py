@@ -365,6 +365,12 @@ def test_compiled_and_traced_calls_are_the_op_too():
         assert all(torch.equal(ours, first) for ours, first in zip(results, expected, strict=True))
 
 
+@needs_cpp
+def test_a_parameter_that_is_not_there_is_refused():
+    with pytest.raises(TypeError, match="no parameter colour"):
+        native._C.guided_flow_step({"num_samples": 0, "colour": 1})
+
+
 PATHS = {"cpp": False, "triton": False}
 
 
