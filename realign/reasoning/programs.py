@@ -46,9 +46,8 @@ class ReasoningProgram:
         conditional, *others = yield Read(tuple(map(Reading, self.read_by_branch(request).values())))
         turns: tuple[TextTurn, ...] = ()
         if self.does_reason:
-            turn = yield Write(conditional)
-            turns = (turn,)
-            (conditional,) = yield Read((Reading((TextPart(turn.text),), conditional),))
+            written = yield Write(conditional)
+            turns, conditional = (written.turn,), written.context
         kinds = tuple(self.read_by_branch(request))
         scales = [_scale(request.settings.guidance, kind) for kind in kinds]
         drawn = yield Draw(tuple(map(Branch, (conditional, *others), scales, kinds)))

@@ -31,13 +31,12 @@ from realign.runtime.request import (
     Request,
     Sample,
     TextPart,
-    TextTurn,
     Trajectory,
 )
 from realign.runtime.sampler import DenoiseJob, denoise, num_latent_tokens
 from realign.runtime.schedule import Schedule
 from realign.runtime.settings import Settings
-from realign.runtime.text import MIN_ROOM, decode_text
+from realign.runtime.text import MIN_ROOM, Written, decode_text
 
 __all__ = [
     "Draw",
@@ -67,7 +66,7 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class Write:
-    """Gives a `TextTurn` that the model writes; `turn` numbers a request's texts, for their noise."""
+    """Gives a `Written` that has read the whole turn; `turn` numbers a request's texts, for their noise."""
 
     context: Context
     turn: int = 0
@@ -218,7 +217,7 @@ class _Batch:
         prepared = self.reader.prepare(request.prompt.pictures[-1])
         return prepared.height, prepared.width
 
-    def _write(self, sessions: Sequence[_Session]) -> list[TextTurn]:
+    def _write(self, sessions: Sequence[_Session]) -> list[Written]:
         contexts = [session.waiting.context for session in sessions]
         settings = [session.request.settings.text for session in sessions]
         keys = [
@@ -229,11 +228,11 @@ class _Batch:
             context.length + max(MIN_ROOM, own.max_tokens)
             for context, own in zip(contexts, settings, strict=True)
         ]
-        turns: dict[int, TextTurn] = {}
+        written: dict[int, Written] = {}
         for pack in pack_rows(room, self.engine.max_tokens):
             chosen = ([values[row] for row in pack] for values in (contexts, settings, keys))
-            turns.update(zip(pack, decode_text(self.model, *chosen), strict=True))
-        return [turns[row] for row in range(len(sessions))]
+            written.update(zip(pack, decode_text(self.model, *chosen), strict=True))
+        return self.reader.finish(contexts, [written[row] for row in range(len(sessions))])
 
     def _draw(self, sessions: Sequence[_Session]) -> list[Drawn]:
         jobs = [self._build_job(session) for session in sessions]

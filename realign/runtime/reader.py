@@ -8,7 +8,7 @@ are one object from then on. A group of samples of one prompt thus holds the pro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 from PIL import Image
@@ -19,6 +19,7 @@ from realign.runtime.attention import pack_rows
 from realign.runtime.context import (
     Block,
     Context,
+    TextBlock,
     build_text_block,
     build_vae_blocks,
     build_vit_blocks,
@@ -27,6 +28,7 @@ from realign.runtime.context import (
 )
 from realign.runtime.prepare import PreparedPicture
 from realign.runtime.request import Part, TextPart
+from realign.runtime.text import Written
 
 # ("text", its ids), ("vae", digest of the picture) or ("vit", the same)
 BlockName = tuple[str, str | tuple[int, ...]]
@@ -67,6 +69,33 @@ class Reader:
             reached = self._extend(list(dict.fromkeys(steps.values())))
             contexts = [reached[steps[i]] if i in steps else context for i, context in enumerate(contexts)]
         return contexts
+
+    def finish(self, starts: Sequence[Context], written: Sequence[Written]) -> list[Written]:
+        """Let every text that was written be read to its end.
+
+        What was read while writing is kept where the text, encoded again, is the tokens that were written: it
+        is then what reading the text gives. Another way to write the same text is read anew.
+        """
+        tokenizer = self.model.tokenizer
+        is_kept = [tuple(tokenizer.encode(one.turn.text)) == one.turn.ids for one in written]
+        kept = [one for one, keep in zip(written, is_kept, strict=True) if keep]
+        self.blocks.update({("text", one.rest): TextBlock(one.rest) for one in kept})
+        steps = [(one.context, ("text", one.rest)) for one in kept]
+        reached = self._extend(steps)
+        again = iter(
+            self.read(
+                [
+                    Reading((TextPart(one.turn.text),), start)
+                    for one, start, keep in zip(written, starts, is_kept, strict=True)
+                    if not keep
+                ]
+            )
+        )
+        ends = (reached[step] for step in steps)
+        contexts = [next(ends) if keep else next(again) for keep in is_kept]
+        return [
+            replace(one, context=context, rest=()) for one, context in zip(written, contexts, strict=True)
+        ]
 
     def prepare(self, image: Image.Image) -> PreparedPicture:
         """The picture as the model sees it; made once for all equal pictures."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from realign.model.bagel import Bagel
 from realign.model.mot import Route
 from realign.runtime.attention import group_rows, grouped_attention, pad_contexts, padded_length
-from realign.runtime.context import Context
+from realign.runtime.context import Context, Segment
 from realign.runtime.noise import NoiseKey, token_uniforms
 from realign.runtime.request import TextTurn
 from realign.runtime.settings import TextSettings
@@ -23,31 +23,48 @@ from realign.runtime.settings import TextSettings
 MIN_ROOM = 64
 
 
+@dataclass(frozen=True, eq=False)
+class Written:
+    """A text turn that the model wrote, and what it has read of it while writing.
+
+    Attributes:
+        context: has read the turn's first tokens, bos included: all that had to be read to choose the others.
+        rest: ids of the turn's last tokens, eos included, that are still to be read.
+    """
+
+    turn: TextTurn
+    context: Context
+    rest: tuple[int, ...]
+
+
 @torch.no_grad()
 def decode_text(
     model: Bagel, contexts: Sequence[Context], settings: Sequence[TextSettings], keys: Sequence[NoiseKey]
-) -> list[TextTurn]:
+) -> list[Written]:
     """Let the model write a turn after each context: from bos to eos, or to `max_tokens`.
 
     Args:
         contexts, settings: one for each text.
         keys: noise keys of stream "text"; token i uses step i.
     """
-    rows = [_Row(*given) for given in zip(settings, keys, strict=True)]
+    rows = [_Row(*given) for given in zip(contexts, settings, keys, strict=True)]
     for group in group_rows([padded_length(context.length) for context in contexts]):
-        _write(model, [contexts[row] for row in group], [rows[row] for row in group])
+        _write(model, [rows[row] for row in group])
     return [row.finish(model) for row in rows]
 
 
-def _write(model: Bagel, contexts: Sequence[Context], rows: Sequence[_Row]) -> None:
+def _write(model: Bagel, rows: Sequence[_Row]) -> None:
     """Fills the rows; their contexts are padded to one length."""
-    writing, decoder = list(rows), TextDecoder(model, contexts)
+    writing, decoder = list(rows), TextDecoder(model, [row.context for row in rows])
     token_R = torch.full((len(rows),), model.tokenizer.bos)
     while writing:
         token_R = choose_tokens(decoder.step(token_R), *_sampling_numbers(writing))
         for row, token in zip(writing, token_R.tolist(), strict=True):
             row.take(token, model.tokenizer.eos)
         if sum(row.is_done for row in writing) > len(writing) // 4 or all(row.is_done for row in writing):
+            for index, row in enumerate(writing):
+                if row.is_done:
+                    row.segment = decoder.segment(index, row.num_read)
             keep = [index for index, row in enumerate(writing) if not row.is_done]
             writing, token_R = [writing[index] for index in keep], token_R[keep]
             decoder.keep(keep)
@@ -61,7 +78,7 @@ class TextDecoder:
 
     def __init__(self, model: Bagel, contexts: Sequence[Context]) -> None:
         self.model = model
-        self.num_used = max(padded_length(context.length) for context in contexts)
+        self.num_used = self.num_past = max(padded_length(context.length) for context in contexts)
         self.key_NRKSD, self.value_NRKSD = pad_contexts(model, contexts, MIN_ROOM)
         past_R1 = torch.tensor([context.length for context in contexts])[:, None]
         is_padding = (torch.arange(self.key_NRKSD.shape[3]) >= past_R1) & (
@@ -85,6 +102,15 @@ class TextDecoder:
         )
         self.position_R = self.position_R + 1
         return self.model.logits(hidden_RE).float()
+
+    def segment(self, row: int, num_tokens: int) -> Segment:
+        """The first tokens that a row has read here."""
+        end = self.num_past + num_tokens
+        key_NLKD, value_NLKD = (
+            t[:, row, :, self.num_past : end].transpose(1, 2).contiguous()
+            for t in (self.key_NRKSD, self.value_NRKSD)
+        )
+        return Segment(key_NLKD, value_NLKD)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all rows but these."""
@@ -148,14 +174,21 @@ def _keep_likeliest(weight_RV: Tensor, top_p_R: Tensor) -> Tensor:
 class _Row:
     """A text in the making."""
 
+    context: Context
     settings: TextSettings
     key: NoiseKey
     ids: list[int] = field(default_factory=list)
     has_stopped: bool = False
+    segment: Segment | None = None
 
     @property
     def is_done(self) -> bool:
         return self.has_stopped or len(self.ids) >= self.settings.max_tokens
+
+    @property
+    def num_read(self) -> int:
+        """Tokens that were read to write the text: bos, and all ids; but the last, if the limit cut it."""
+        return len(self.ids) + self.has_stopped
 
     def take(self, token: int, eos: int) -> None:
         if self.is_done:
@@ -165,11 +198,14 @@ class _Row:
         else:
             self.ids.append(token)
 
-    def finish(self, model: Bagel) -> TextTurn:
+    def finish(self, model: Bagel) -> Written:
         """The text ends, as BAGEL's does, where the model begins a new turn (bos)."""
         bos = model.tokenizer.bos
         spoken = self.ids[: self.ids.index(bos)] if bos in self.ids else self.ids
-        return TextTurn(tuple(self.ids), model.tokenizer.decode(spoken), self.has_stopped)
+        turn = TextTurn(tuple(self.ids), model.tokenizer.decode(spoken), self.has_stopped)
+        tokens = (bos, *self.ids, model.tokenizer.eos)
+        context = self.context.extended(self.segment, self.num_read)
+        return Written(turn, context, tokens[self.num_read :])
 
 
 def _sampling_numbers(rows: Sequence[_Row]) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from realign.runtime.context import MAX_TEXT_TOKENS, Context, build_text_block, extend, split_text_block
+from realign.runtime.noise import NoiseKey
 from realign.runtime.prepare import crop_picture
 from realign.runtime.reader import Reader, Reading
 from realign.runtime.request import TextPart
+from realign.runtime.settings import TextSettings
+from realign.runtime.text import decode_text
 
 
 def check_same(context: Context, other: Context) -> None:
@@ -38,3 +41,31 @@ def test_a_long_text_is_read_in_pieces(model):
     check_same(once, extend(model, [Context()], [block])[0])
     assert max(segment.key_NLKD.shape[1] for segment in twice.segments) <= MAX_TEXT_TOKENS
     assert twice.segments[: len(once.segments)] == once.segments  # what they share is there once
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 3.0])
+def test_a_written_text_is_the_text_read(model, temperature):
+    """Texts that end, or are cut; those that encode to other tokens than were written are read anew."""
+    reader = Reader(model, crop_picture, max_tokens=100_000)
+    starts = reader.read([Reading((TextPart("a lamp, " * (row % 3)),)) for row in range(12)])
+    settings = [TextSettings(row + 1, temperature) for row in range(12)]
+    keys = [NoiseKey(row, "text", stream="text") for row in range(12)]
+    written = decode_text(model, starts, settings, keys)
+    finished = reader.finish(starts, written)
+    assert [one.turn for one in finished] == [one.turn for one in written]
+    pairs = zip(written, starts, strict=True)
+    again = reader.read([Reading((TextPart(one.turn.text),), start) for one, start in pairs])
+    for one, before, context in zip(finished, written, again, strict=True):
+        assert one.rest == ()
+        check_same(one.context, context)
+        is_kept = one.context.segments[: len(before.context.segments)] == before.context.segments
+        assert is_kept == (tuple(model.tokenizer.encode(one.turn.text)) == one.turn.ids)
+
+
+def test_both_kinds_of_written_text_occur(model):
+    """The test above would be empty if all texts encoded alike."""
+    starts = [Context()] * 40
+    keys = [NoiseKey(row, "text", stream="text") for row in range(40)]
+    written = decode_text(model, starts, [TextSettings(1 + row // 8, 2.0) for row in range(40)], keys)
+    same = {tuple(model.tokenizer.encode(one.turn.text)) == one.turn.ids for one in written}
+    assert same == {True, False}

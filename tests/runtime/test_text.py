@@ -64,9 +64,10 @@ def test_growing_cache_is_the_whole_forward(model, contexts):
 
 def test_greedy_is_the_argmax_chain(model, contexts):
     settings = [TextSettings(max_tokens=n) for n in (5, 9, 1, 7)]
-    for context, own, turn in zip(
+    for context, own, written in zip(
         contexts, settings, decode_text(model, contexts, settings, keys(4)), strict=True
     ):
+        turn = written.turn
         decoder, token, chain = TextDecoder(model, [context]), model.tokenizer.bos, []
         while len(chain) < own.max_tokens:
             token = int(decoder.step(torch.tensor([token])).argmax())
@@ -89,7 +90,16 @@ def test_texts_stop_at_eos_and_are_cut_at_bos(model, contexts, monkeypatch):
 
     monkeypatch.setattr("realign.runtime.text.choose_tokens", scripted)
     settings = [TextSettings(4, temperature=(row + 1) / 10) for row in range(4)]
-    turns = decode_text(model, contexts, settings, keys(4))
+    written = decode_text(model, contexts, settings, keys(4))
+    eos = model.tokenizer.eos
+    assert [one.rest for one in written] == [(eos,), (67, eos), (eos,), (65, eos)]
+    assert [one.context.length - context.length for one, context in zip(written, contexts, strict=True)] == [
+        3,
+        4,
+        1,
+        4,
+    ]
+    turns = [one.turn for one in written]
     assert [turn.ids for turn in turns] == [(65, 66), (65, bos, 66, 67), (), (65,) * 4]
     assert [turn.stopped for turn in turns] == [True, False, True, False]
     assert [turn.text for turn in turns] == [
