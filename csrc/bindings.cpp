@@ -6,6 +6,7 @@
 #include "clip_preprocess.h"
 #include "flow_bindings.h"
 #include "group_advantage.h"
+#include "numbers.h"
 
 namespace py = pybind11;
 
