@@ -41,7 +41,7 @@ def clip_preprocess_triton(
     is_aligned = all(map(_is_aligned, table.pictures))
     is_interleaved = pictures[0].dtype == torch.uint8
     launch(
-        _clip_preprocess_kernel,
+        clip_preprocess_kernel,
         (len(pictures) * triton.cdiv(height, TILE) * triton.cdiv(width, TILE),),
         *(table.records_BF, table.pictures[0], levels, out_BCST, height, width, fill),
         NUM_FIELDS=NUM_FIELDS,
@@ -112,7 +112,7 @@ def _split(taps_NTK: Tensor) -> Tensor:
 
 
 @triton.jit
-def _clip_preprocess_kernel(
+def clip_preprocess_kernel(
     p_records,
     p_first,
     p_levels,

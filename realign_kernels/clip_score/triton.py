@@ -50,7 +50,7 @@ def _score_pairs(image_ND: Tensor, text_ND: Tensor, scale: float, logit_scale: T
     num_rows, width = image_ND.shape
     score_N = torch.empty(num_rows, dtype=torch.float32, device=image_ND.device)
     launch(
-        _pairs_kernel,
+        score_pairs_kernel,
         (triton.cdiv(num_rows, ROWS),),
         *(image_ND, text_ND, logit_scale, score_N, scale, num_rows, width),
         **_row_constants(width),
@@ -65,14 +65,14 @@ def _score_all(image_ND: Tensor, text_MD: Tensor, scale: float, logit_scale: Ten
     if score_NM.numel() == 0:
         return score_NM
     launch(
-        _inverse_norm_kernel,
+        inverse_norm_kernel,
         (triton.cdiv(num_images, ROWS) + triton.cdiv(num_texts, ROWS),),
         *(image_ND, text_MD, inverses, num_images, num_texts, width),
         **_row_constants(width),
     )
     product = _choose_product(image_ND, num_images * num_texts)
     launch(
-        _product_kernel,
+        score_all_kernel,
         (triton.cdiv(num_images, product["BN"]), triton.cdiv(num_texts, product["BM"])),
         *(image_ND, text_MD, inverses, logit_scale, score_NM, scale, num_images, num_texts, width),
         **product,
@@ -99,7 +99,7 @@ def _row_constants(width: int) -> dict[str, int | float]:
 
 
 @triton.jit
-def _pairs_kernel(
+def score_pairs_kernel(
     p_image,
     p_text,
     p_scale,
@@ -130,7 +130,7 @@ def _pairs_kernel(
 
 
 @triton.jit
-def _inverse_norm_kernel(
+def inverse_norm_kernel(
     p_image,
     p_text,
     p_inverse,
@@ -160,7 +160,7 @@ def _inverse_norm_kernel(
 
 
 @triton.jit
-def _product_kernel(
+def score_all_kernel(
     p_image,
     p_text,
     p_inverse,
