@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from realign import __version__
-from realign.cli.console import print_error, print_note
+from realign.cli.console import print_error, print_note, print_refusal
+from realign.cli.processes import current_process
 
 COMMANDS = {
     "generate": "pictures from a file of prompts",
@@ -30,7 +31,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose error is one line."""
 
     def error(self, message: str) -> NoReturn:
-        print_error(f"{message}; see {self.prog} --help")
+        print_refusal(f"{message}; see {self.prog} --help")
         sys.exit(2)
 
 
@@ -53,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in argv if not word.startswith("-")), None)
+    try:
+        current_process()
+    except ValueError as error:
+        print_error(error)
+        return 2
     try:
         args = build_parser(command).parse_args(argv)
         code = importlib.import_module(f"realign.cli.{args.command}").main(args)

@@ -1,4 +1,7 @@
-"""What a command says on standard error: one-line errors and warnings, and the progress of a run."""
+"""What a command says on standard error: one-line errors and warnings, and the progress of a run.
+
+Of several processes the first alone says notes, warnings and progress.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,17 @@ import sys
 import time
 from typing import Protocol
 
+from realign.cli.processes import current_process
+
+HEAD_START_SECONDS = 5.0
+
 
 class UsageError(ValueError):
     """The command cannot be carried out as asked; the text is one line with what to change. Exit code 2."""
+
+
+class OwnUsageError(UsageError):
+    """One that concerns this process alone, of several: it says so itself."""
 
 
 class RunError(RuntimeError):
@@ -19,12 +30,25 @@ def print_error(message: object) -> None:
     _print_line(f"realign: error: {message}")
 
 
+def print_refusal(error: object) -> None:
+    """Print why a command is refused: once a machine, as its other processes refuse the same.
+
+    Those wait a little before they end, because launchers end all processes as soon as one has ended.
+    """
+    if current_process().is_first_here or isinstance(error, OwnUsageError):
+        print_error(error)
+    else:
+        time.sleep(HEAD_START_SECONDS)
+
+
 def print_warning(message: object) -> None:
-    _print_line(f"realign: warning: {message}")
+    if current_process().is_first:
+        _print_line(f"realign: warning: {message}")
 
 
 def print_note(message: object) -> None:
-    _print_line(f"realign: {message}")
+    if current_process().is_first:
+        _print_line(f"realign: {message}")
 
 
 def _print_line(text: str) -> None:
@@ -39,12 +63,27 @@ class Progress(Protocol):
 
     def __exit__(self, *error: object) -> None: ...
 
-    def advance(self) -> None: ...
+    def advance(self, count: int = 1) -> None: ...
 
 
 def build_progress(total: int, done: int) -> Progress:
     """A bar on a terminal, else a plain line now and then; `done` of `total` pictures were there before."""
+    if not current_process().is_first:
+        return NoProgress()
     return BarProgress(total, done) if sys.stderr.isatty() else LineProgress(total, done)
+
+
+class NoProgress:
+    """Says nothing."""
+
+    def __enter__(self) -> NoProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def advance(self, count: int = 1) -> None:
+        return None
 
 
 class BarProgress:
@@ -73,9 +112,9 @@ class BarProgress:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def advance(self) -> None:
-        self._meter.advance()
-        self._bar.update(self._task, advance=1, rate=self._meter.describe())
+    def advance(self, count: int = 1) -> None:
+        self._meter.advance(count)
+        self._bar.update(self._task, advance=count, rate=self._meter.describe())
 
 
 class LineProgress:
@@ -92,8 +131,10 @@ class LineProgress:
     def __exit__(self, *error: object) -> None:
         return None
 
-    def advance(self) -> None:
-        self._meter.advance()
+    def advance(self, count: int = 1) -> None:
+        if not count:
+            return
+        self._meter.advance(count)
         now = time.monotonic()
         if self._meter.done == self._meter.total or now - self._last >= self._interval:
             self._last = now
@@ -101,15 +142,15 @@ class LineProgress:
 
 
 class RateMeter:
-    """Pictures per second of this process, and from it the time left."""
+    """Pictures per second since this process began, and from it the time left."""
 
     def __init__(self, total: int, done: int) -> None:
         self.total, self.done = total, done
         self._first = done
         self._start = time.monotonic()
 
-    def advance(self) -> None:
-        self.done += 1
+    def advance(self, count: int = 1) -> None:
+        self.done += count
 
     def describe(self) -> str:
         seconds = max(time.monotonic() - self._start, 1e-9)

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from realign.cli.console import UsageError, print_error
+from realign.cli.console import UsageError, print_refusal
 from realign.cli.files import Staging, dump_line
 from realign.cli.fits import check_given_size
 from realign.cli.folder import HIDDEN, check_empty
 from realign.cli.generate import resolve_device, run_command
 from realign.cli.models import ModelFolder
 from realign.cli.options import RunOptions, add_run_arguments
+from realign.cli.processes import current_process
 from realign.world.tasks import WorldSample, sample
 
 PROMPTS_FOLDER, PROMPTS_FILE = "prompts", "prompts.jsonl"
@@ -42,12 +43,14 @@ def main(args: argparse.Namespace) -> int:
     options = RunOptions.from_args(args)
     try:
         # What can be refused without prompts is refused before there are any.
+        if not current_process().is_alone:
+            raise UsageError("demo: runs in one process; start several with realign generate")
         options.check()
         resolve_device(options.device, options.dtype)
         check_given_size(options.picture, ModelFolder.find(options.model).config)
         write_prompts(options.out, args.num_prompts)
     except UsageError as error:
-        print_error(error)
+        print_refusal(error)
         return 2
     return run_command(options, allowed=(PROMPTS_FOLDER,))
 

@@ -7,15 +7,20 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
+from uuid import uuid4
 
 # Line ends to some readers, though not to JSON.
 _LINE_ENDS = {"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
 class Staging:
-    """A hidden folder beside the files to be written, on the same disk, so that moving is atomic."""
+    """A hidden folder beside the files to be written, on the same disk, so that moving is atomic.
+
+    `owner` is a name that no other process has, on this machine or another, nor had before.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self.owner = uuid4().hex
         self._folder = folder
         self._count = 0
 
@@ -27,7 +32,7 @@ class Staging:
 
     def new_path(self) -> Path:
         self._count += 1
-        return self._folder / f"{os.getpid()}-{self._count}"
+        return self._folder / f"{self.owner}-{self._count}"
 
     def write(self, target: Path, write: Callable[[IO[bytes]], object]) -> None:
         """Let `write` fill a file that then becomes `target` at once."""

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from realign.cli.console import UsageError, print_error
-from realign.cli.files import Staging, load_lines
-from realign.cli.folder import HIDDEN, load_run
+from realign.cli.files import Staging
+from realign.cli.folder import HIDDEN, load_records, load_run
 from realign.gallery.pages import build_pages
 
 
@@ -30,9 +30,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def write_gallery(folder: Path) -> Path:
-    """Write the pages from `run.json` and `records.jsonl`; returns the first. Raises UsageError."""
+    """Write the pages from `run.json` and the records; returns the first. Raises UsageError."""
     run = load_run(folder)
     staging = Staging(folder / HIDDEN / "tmp")
-    for name, html in build_pages(run, list(load_lines(folder / "records.jsonl"))):
+    for name, html in build_pages(run, load_records(folder).values()):
         staging.write_text(folder / name, html)
     return folder / "index.html"

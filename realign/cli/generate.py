@@ -1,6 +1,7 @@
 """`realign generate`: a file of prompts to a folder of pictures, with their records and a gallery.
 
 Everything is checked before the folder is made. The same command again goes on where the last one stopped.
+Started as several processes, by torchrun say, they share the work and the folder (see `processes`).
 """
 
 from __future__ import annotations
@@ -9,23 +10,34 @@ import argparse
 import hashlib
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import realign
-from realign.cli.console import RunError, UsageError, print_error, print_note, print_warning
+from realign.cli.console import (
+    OwnUsageError,
+    RunError,
+    UsageError,
+    print_error,
+    print_note,
+    print_refusal,
+    print_warning,
+)
 from realign.cli.fits import check_given_size, check_lengths, check_sizes
 from realign.cli.folder import RunFolder
 from realign.cli.gallery import write_gallery
-from realign.cli.job import Job, build_tasks
-from realign.cli.layout import build_layout
+from realign.cli.job import Job, build_tasks, cut_batches
+from realign.cli.layout import Task, build_layout
 from realign.cli.models import ModelFolder
 from realign.cli.options import PROMPT_FORMATS, RunOptions, add_run_arguments
+from realign.cli.processes import ALONE, Process, current_process
 from realign.data.readers import PromptError, PromptFile, Reference, load_references, read_prompts
+from realign.gallery.pages import page_name
 
 if TYPE_CHECKING:
     from realign.runtime.engine import Engine
@@ -58,17 +70,19 @@ def main(args: argparse.Namespace) -> int:
 
 def run_command(options: RunOptions, allowed: tuple[str, ...] = ()) -> int:
     """Run a whole command; returns its exit code. `allowed`: entries that a new folder may hold already."""
+    process = current_process()
     try:
-        run = PreparedRun.check(options, allowed)
+        run = PreparedRun.check(options, process, allowed)
         return run.execute()
     except (UsageError, PromptError) as error:
-        print_error(error)
+        print_refusal(error)
         return 2
     except KeyboardInterrupt:
         print_note(f"stopped; what is done is in {options.out}; run the same command again to go on")
         return 130
     except (RunError, OSError) as error:
-        print_error(f"{error}; what is done is in {options.out}; run the same command again to go on")
+        how = f"what is done is in {options.out}; run the same command again to go on"
+        print_error(process.name_in(f"{error}; {how}"))
         return 1
 
 
@@ -77,6 +91,7 @@ class PreparedRun:
     """A command that has passed every check, before anything is written or loaded."""
 
     options: RunOptions
+    process: Process
     prompts: PromptFile
     references: Mapping[Path, Reference]
     model: ModelFolder
@@ -85,12 +100,12 @@ class PreparedRun:
     folder: RunFolder
 
     @classmethod
-    def check(cls, options: RunOptions, allowed: tuple[str, ...] = ()) -> PreparedRun:
+    def check(cls, options: RunOptions, process: Process, allowed: tuple[str, ...] = ()) -> PreparedRun:
         """Raises PromptError or UsageError for whatever would not work."""
         options.check()
         prompts = read_prompts(options.prompts, options.format)
         references = load_references(prompts)
-        device, dtype = resolve_device(options.device, options.dtype)
+        device, dtype = resolve_device(options.device, options.dtype, process)
         model = ModelFolder.find(options.model)
         check_given_size(options.picture, model.config)
         check_sizes(options.picture, model.config, prompts, references)
@@ -105,34 +120,51 @@ class PreparedRun:
             "model_fingerprint": model.fingerprint(),
         }
         layout = build_layout(prompts.format, options.picture.num_images)
-        folder = RunFolder(options.out, layout, settings, allowed)
+        folder = RunFolder(options.out, layout, settings, process, allowed)
         folder.check()
         _warn_untrained(options.picture.reasoning, model)
-        return cls(options, prompts, references, model, device, dtype, folder)
+        return cls(options, process, prompts, references, model, device, dtype, folder)
 
     def execute(self) -> int:
         tasks = build_tasks(self.prompts, self.options.picture.num_images)
         # A new folder is made only once the weights are known to load.
         engine = None if self.folder.is_started else self.load_engine()
-        with self.folder.open(self.describe()) as folder:
-            done = folder.reconcile(tasks)
+        with self.folder.open(self.describe(), tasks) as done:
             pending = [task for task in tasks if task.request_id not in done]
             if pending:
-                batch_size = self.options.batch_size or DEFAULT_BATCH_SIZE
-                there = f", {len(done)} are there already" if done else ""
-                how = f"{batch_size} at a time, {self.device}, {self.dtype}"
-                print_note(f"{len(pending)} pictures to make{there}; {how}")
-                job = Job(self.prompts, self.references, self.options.picture, folder, batch_size)
-                job.run(pending, len(done), engine or self.load_engine())
-            folder.sort_records(tasks)
-            page = write_gallery(folder.path)
-        print(f"{len(tasks)} pictures ({len(pending)} new) in {folder.path}; look at them in {page}")
+                self._make(pending, len(done), engine or self.load_engine())
+            self._complete(tasks)
+        if self.process.is_first:
+            page = self.folder.path / page_name(1)
+            print(f"{len(tasks)} pictures ({len(pending)} new) in {page.parent}; look at them in {page}")
         return 0
+
+    def _make(self, pending: Sequence[Task], num_done: int, engine: Engine) -> None:
+        batch_size = self.options.batch_size or DEFAULT_BATCH_SIZE
+        there = f", {num_done} are there already" if num_done else ""
+        several = "" if self.process.is_alone else f", {self.process.world_size} processes"
+        how = f"{batch_size} at a time, {self.device.partition(':')[0]}, {self.dtype}{several}"
+        print_note(f"{len(pending)} pictures to make{there}; {how}")
+        job = Job(self.prompts, self.references, self.options.picture, self.folder)
+        batches = cut_batches(pending, min(batch_size, ceil(len(pending) / self.process.world_size)))
+        job.run(batches, num_done, engine)
+
+    def _complete(self, tasks: Sequence[Task]) -> None:
+        """Bring the finished run together, unless another process has."""
+        with self.folder.claims.door():
+            if not self.folder.claims.is_complete():
+                self.folder.gather_records(tasks)
+                write_gallery(self.folder.path)
+                self.folder.claims.complete()
 
     def load_engine(self) -> Engine:
         """Load the weights; raises UsageError where they are damaged or do not fit."""
+        import torch
+
         from realign.api import load
 
+        if ":" in self.device:  # what names no device is to be there too
+            torch.cuda.set_device(self.device)
         try:
             return load(self.model.path, device=self.device, dtype=self.dtype).engine
         except ValueError as error:
@@ -149,26 +181,40 @@ class PreparedRun:
         }
 
 
-def resolve_device(device: str, dtype: str) -> tuple[str, str]:
-    """The device and dtype meant by 'auto', and a check that the named ones exist. Raises UsageError."""
+def resolve_device(device: str, dtype: str, process: Process = ALONE) -> tuple[str, str]:
+    """The device and dtype meant by 'auto', and a check that the named ones exist; of several processes each
+    has a CUDA device to itself, unless one is named by its number. Raises UsageError.
+    """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise UsageError(f"--device {device}: give auto, cpu, cuda or cuda:N")
     if device != "cpu":
-        device = _find_cuda(device)
+        device = _find_cuda(device, process)
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     return device, dtype
 
 
-def _find_cuda(device: str) -> str:
+def _find_cuda(device: str, process: Process) -> str:
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        return "cuda" if count else "cpu"
+    if device == "auto" and not count:
+        return "cpu"
     if int(device.partition(":")[2] or 0) >= count:
         raise UsageError(f"--device {device}: torch finds {count} CUDA devices here; give auto or cpu")
-    return device
+    if process.is_alone or ":" in device:
+        return "cuda" if device == "auto" else device
+    _check_devices(device, count, process)
+    return f"cuda:{process.local_rank}"
+
+
+def _check_devices(device: str, count: int, process: Process) -> None:
+    """Raises UsageError where the processes of this machine are more than its devices."""
+    mend = f"torch finds {count} CUDA devices here; start as many, or give cuda:N to share one"
+    if (process.local_size or 0) > count:
+        raise UsageError(f"--device {device}: for {process.local_size} processes {mend}")
+    if process.local_rank >= count:
+        raise OwnUsageError(f"--device {device}: for LOCAL_RANK {process.local_rank} {mend}")
 
 
 def _hash_references(prompts: PromptFile, references: Mapping[Path, Reference]) -> str:

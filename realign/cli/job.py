@@ -1,15 +1,21 @@
-"""The work of a run: the pictures still to make, batch by batch, each saved as it comes."""
+"""The work of a run: the pictures still to make, batch by batch, each saved as it comes.
+
+Of several processes each takes a batch at a time, so that a slow one takes fewer, and what a dead one had is
+taken by another.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from realign.cli.console import RunError, build_progress
+from realign.cli.claims import POLL_SECONDS
+from realign.cli.console import Progress, RunError, build_progress
 from realign.cli.folder import RunFolder
 from realign.cli.layout import Task
 from realign.cli.options import PictureOptions
@@ -23,10 +29,30 @@ if TYPE_CHECKING:
 
 # Decoded reference pictures kept for the prompts that follow; one may have 120 MB.
 REFERENCES_KEPT = 16
+# A batch as full as this, of its size, is left so rather than part the pictures of a prompt.
+FULL_ENOUGH = 0.75
 
 
 def build_tasks(prompts: PromptFile, num_images: int) -> list[Task]:
     return [Task(entry, index) for entry in prompts.entries for index in range(num_images)]
+
+
+def cut_batches(tasks: Sequence[Task], size: int) -> list[list[Task]]:
+    """Batches of at most `size`, in order; the pictures of a prompt, which share its context, stay together
+    where that leaves no batch much emptier.
+    """
+    batches: list[list[Task]] = [[]]
+    for _, group in groupby(tasks, key=lambda task: task.entry.id):
+        rest = list(group)
+        if len(batches[-1]) + len(rest) > size and len(batches[-1]) >= FULL_ENOUGH * size:
+            batches.append([])
+        while rest:
+            room = size - len(batches[-1])
+            batches[-1] += rest[:room]
+            rest = rest[room:]
+            if rest:
+                batches.append([])
+    return [batch for batch in batches if batch]
 
 
 @dataclass(frozen=True)
@@ -39,20 +65,39 @@ class Job:
     references: Mapping[Path, Reference]
     options: PictureOptions
     folder: RunFolder
-    batch_size: int
 
-    def run(self, tasks: Sequence[Task], num_done: int, engine: Engine) -> None:
-        """Make the pictures of `tasks`; `num_done` others are there already."""
+    def run(self, batches: Sequence[Sequence[Task]], num_done: int, engine: Engine) -> None:
+        """Make this process's share of the pictures, and see that all are made; `num_done` others were there
+        before.
+        """
         from realign.api import build_settings
 
         settings = build_settings(**self.options.of_request())
         load = lru_cache(maxsize=REFERENCES_KEPT)(self._load_reference)
-        with build_progress(len(tasks) + num_done, num_done) as progress:
-            for batch in _batches(tasks, self.batch_size):
+        with build_progress(sum(map(len, batches)) + num_done, num_done) as progress:
+            for batch in self._take_batches(batches, progress):
                 requests = [build_request(task, self.seed_of(task), settings, load) for task in batch]
                 for task, sample in zip(batch, _run_batch(engine, requests), strict=True):
                     self.folder.save_picture(task, sample.image, self._record(task, sample, load))
                     progress.advance()
+
+    def _take_batches(self, batches: Sequence[Sequence[Task]], progress: Progress) -> Iterator[list[Task]]:
+        """What is this process's to make, until all batches are done, by whomever."""
+        claims, counted = self.folder.claims, set()
+        while len(counted) < len(batches):
+            number = claims.take(len(batches))
+            if number is None:
+                time.sleep(POLL_SECONDS)
+            else:
+                missing = [task for task in batches[number] if not self.folder.has_picture(task)]
+                progress.advance(len(batches[number]) - len(missing))
+                if missing:
+                    yield missing
+                claims.finish(number)
+                counted.add(number)
+            others = claims.done(len(batches)) - counted
+            progress.advance(sum(len(batches[other]) for other in others))
+            counted |= others
 
     def seed_of(self, task: Task) -> int:
         return self.options.seed if task.entry.seed is None else task.entry.seed
@@ -118,9 +163,3 @@ def _describe_reasoning(reasoning: Reasoning | None) -> dict[str, Any] | None:
         "relations": list(reasoning.relations),
         "error": reasoning.error,
     }
-
-
-def _batches(tasks: Sequence[Task], size: int) -> Iterator[list[Task]]:
-    rest = iter(tasks)
-    while batch := list(islice(rest, size)):
-        yield batch
