@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from realign.cli.generate import PreparedRun
+from tests.cli.quick import QuickEngine
 from tests.cli.support import CHECKPOINT, Workplace
 
 TINY_CONFIG = {
@@ -47,3 +49,8 @@ def mixed(place: Workplace) -> Path:
         {"id": "红星", "prompt": [{"image": "a.png"}, {"text": "again\u2028and again"}], "seed": 7},
         {"id": "last", "prompt": "a blue ring"},
     )  # fmt: skip
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreparedRun, "load_engine", lambda self: QuickEngine())

@@ -4,11 +4,10 @@ import io
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,26 +18,12 @@ from PIL import Image
 
 from realign.cli.__main__ import main
 from realign.cli.files import Staging, dump_line, load_lines
+from realign.cli.folder import RunFolder
 from realign.cli.generate import PreparedRun
+from tests.cli.quick import QuickEngine, die_at, snapshot
 from tests.cli.support import ROOT, Workplace, list_files, read_pictures, read_records
 
 NUM_PROMPTS = 30
-
-
-class QuickEngine:
-    """Stands in for the model: pictures that depend on the request alone, at once."""
-
-    def run(self, requests: Sequence) -> list[SimpleNamespace]:
-        return [SimpleNamespace(image=self._draw(request), reasoning=None) for request in requests]
-
-    def _draw(self, request) -> Image.Image:
-        rng = np.random.default_rng(list(request.id.encode()))
-        return Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8))
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PreparedRun, "load_engine", lambda self: QuickEngine())
 
 
 @pytest.fixture
@@ -48,12 +33,6 @@ def prompts(place: Workplace) -> Path:
         {"id": f"p{i}", "prompt": [{"image": "a.png"}, {"text": f"text {i}"}]} for i in range(NUM_PROMPTS)
     ]
     return place.write_prompts(*rows)
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file but the lock and the times in run.json."""
-    names = set(list_files(folder)) - {".realign/lock", "run.json", "index.html"}
-    return {name: (folder / name).read_bytes() for name in names}
 
 
 def run_in_child(arguments: Sequence[object], kill_at: int) -> bool:
@@ -66,30 +45,13 @@ def run_in_child(arguments: Sequence[object], kill_at: int) -> bool:
         code = 70
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            _die_at(kill_at)
+            die_at(kill_at)
             code = main([str(argument) for argument in arguments])
         finally:
             os._exit(code)
     status = os.waitpid(pid, 0)[1]
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
     return os.WIFSIGNALED(status)
-
-
-def _die_at(kill_at: int) -> None:
-    moments = count()
-
-    def deadly(call: Callable) -> Callable:
-        def wrapped(*arguments: object) -> None:
-            if next(moments) == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            call(*arguments)
-            if next(moments) == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        return wrapped
-
-    for name in ("fsync", "replace", "rename"):
-        setattr(os, name, deadly(getattr(os, name)))
 
 
 @pytest.mark.parametrize("format", ["jsonl", "geneval"])
@@ -230,6 +192,14 @@ def _leave_staged_files(folder: Path) -> None:
     (folder / ".realign" / "tmp" / "77-2" / "samples").mkdir(parents=True)
 
 
+def _leave_records_of_several_processes(folder: Path) -> None:
+    lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / ".realign" / "records").mkdir()
+    (folder / ".realign" / "records" / "one.jsonl").write_bytes(b"".join(lines[20:]))
+    (folder / ".realign" / "records" / "two.jsonl").write_bytes(b"".join(lines[10:22])[:-5])
+    (folder / "records.jsonl").write_bytes(b"".join(lines[:10]))
+
+
 def _shuffle_records(folder: Path) -> None:
     lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "records.jsonl").write_bytes(b"".join(reversed(lines)))
@@ -242,6 +212,7 @@ def _shuffle_records(folder: Path) -> None:
         (_lose_records, 0),
         (_garble_a_record, 0),
         (_repeat_a_record, 0),
+        (_leave_records_of_several_processes, 0),
         (_shuffle_records, 0),
         (_leave_staged_files, 0),
         (_lose_a_picture, 1),
@@ -258,6 +229,21 @@ def test_damage_is_mended(place: Workplace, prompts: Path, quick: None, damage: 
     assert outcome.code == 0
     assert outcome.out.startswith(f"{NUM_PROMPTS} pictures ({num_new} new)")
     assert snapshot(place.out) == before
+
+
+def test_pictures_that_vanish_on_the_way_are_missed(
+    place: Workplace, prompts: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = RunFolder.save_picture
+    monkeypatch.setattr(RunFolder, "save_picture", lambda self, task, *rest: None)
+    outcome = place.generate(prompts)
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1] == (
+        f"realign: error: 30 of 30 pictures are missing; what is done is in {place.out}; "
+        "run the same command again to go on"
+    )
+    monkeypatch.setattr(RunFolder, "save_picture", save)
+    assert place.generate(prompts).code == 0
 
 
 def test_a_folder_killed_before_its_settings_were_written(
