@@ -1,7 +1,8 @@
 """`python -m bench.aot`: compile every kernel for sm_80 and sm_90, no GPU needed, and say what each takes.
 
 A row in `results/aot.jsonl` per kernel and configuration: registers, stack (spills are there), shared memory,
-widths of loads and stores. Triton's launches are recorded from the bench entries, with tensors on the CPU.
+widths of loads and stores. Triton's launches are recorded from the bench entries and `bench.variants`, with
+tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch.overrides import TorchFunctionMode
 
@@ -30,6 +32,7 @@ from bench.machine_code import Usage, Widths, find_tool
 from bench.registry import OPS
 from bench.rows import RESULTS as FOLDER
 from bench.rows import name_commit
+from bench.variants import VARIANTS
 from csrc.nvcc import CAPABILITIES, NOT_FOUND, find_nvcc
 from realign_kernels import launch
 
@@ -39,12 +42,12 @@ FEW = 1024
 COLUMNS = (
     "op",
     "kernel",
-    "configuration",
-    "capability",
-    "num_warps",
+    "chip",
+    "configurations",
+    "warps",
     "registers",
-    "stack_bytes",
-    "shared_bytes",
+    "stack",
+    "shared",
     "loads",
     "stores",
 )
@@ -84,10 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # what is reported was compiled now
-        rows = list(compile_all(options.op or list(OPS), options.capability))
+        rows = compile_all(options.op or list(OPS), options.capability)
     print_table(rows)
-    write_rows(rows, options.out)
-    print(f"{len(rows)} rows written to {options.out}")
+    out = options.out or (None if options.op else RESULTS)
+    if out is not None:
+        write_rows(rows, out)
+        print(f"{len(rows)} rows written to {out}")
     spilled = [row for row in rows if row.stack_bytes]
     for row in spilled:
         print(f"{row.kernel} on sm_{row.capability} spills {row.stack_bytes} bytes: {row.configuration}")
@@ -99,35 +104,56 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
     parser.add_argument("--op", action="append", choices=list(OPS), help="this op only; may be repeated")
     parser.add_argument("--capability", type=int, nargs="+", default=list(CAPABILITIES), help="80 90")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"file the rows go to ({RESULTS.name})")
+    help_out = f"file the rows go to ({RESULTS.name}, if all ops are compiled)"
+    parser.add_argument("--out", type=Path, help=help_out)
     return parser
 
 
-def compile_all(ops: Sequence[str], capabilities: Sequence[int]) -> Iterator[KernelResources]:
+def compile_all(ops: Sequence[str], capabilities: Sequence[int]) -> list[KernelResources]:
     """Rows of the Triton kernels of these ops, then of the CUDA files of the same names, where nvcc is."""
-    for name in ops:
-        yield from compile_op(name, OPS[name], capabilities)
     sources = [path for path in sorted(ROOT.glob("csrc/*.cu")) if path.stem in ops]
     if sources and find_nvcc() is None:
         print(f"NOTICE: {len(sources)} CUDA files are left out: {NOT_FOUND}")
-        return
-    for source in sources:
-        for capability in capabilities:
-            for name, resources in compile_cuda(source, capability).items():
-                yield build_row(source.stem, "cuda", *name, capability, 0, *resources)
+        sources = []
+    # Processes of their own start without this one's threads.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        parts = [pool.submit(compile_op, name, capabilities) for name in ops]
+        parts += [pool.submit(compile_source, source, capabilities) for source in sources]
+        return [row for part in parts for row in part.result()]
 
 
-def compile_op(name: str, op: Op, capabilities: Sequence[int]) -> Iterator[KernelResources]:
+def compile_source(source: Path, capabilities: Sequence[int]) -> list[KernelResources]:
+    """One row per kernel of a CUDA file and chip."""
+    return [
+        build_row(source.stem, "cuda", *name, capability, 0, *resources)
+        for capability in capabilities
+        for name, resources in compile_cuda(source, capability).items()
+    ]
+
+
+def compile_op(name: str, capabilities: Sequence[int]) -> list[KernelResources]:
     """One row per distinct configuration of the op's Triton kernels and chip."""
-    done = set()
-    for shape in pick_shapes(op):
-        for recorded in record_case(op, shape):
-            for capability in capabilities:
-                chosen = specialise(recorded, capability)
-                label = (chosen.kernel.__name__, chosen.describe(), capability, recorded.num_warps)
-                if label not in done:
-                    done.add(label)
-                    yield build_row(name, "triton", *label, *compile_triton(chosen, capability))
+    rows: dict[tuple, KernelResources] = {}
+    for recorded in record_launches(name):
+        for capability in capabilities:
+            chosen = specialise(recorded, capability)
+            label = (chosen.kernel.__name__, chosen.describe(), capability, recorded.num_warps)
+            if label not in rows:
+                rows[label] = build_row(name, "triton", *label, *compile_triton(chosen, capability))
+    return list(rows.values())
+
+
+def record_launches(name: str) -> Iterator[launch.Launch]:
+    """The launches of an op's Triton run at each shape, and of its variants; none where it has none."""
+    for shape in pick_shapes(OPS[name]):
+        with launch.record_launches() as launches, torch.no_grad(), NoRandomNumbers():
+            run = OPS[name].build(shape, torch.device("cpu")).runs.get("triton")
+            if run is not None:
+                run()
+        yield from launches
+    with launch.record_launches() as launches, torch.no_grad():
+        VARIANTS.get(name, lambda: None)()
+    yield from launches
 
 
 def pick_shapes(op: Op) -> list[Shape]:
@@ -139,15 +165,6 @@ def pick_shapes(op: Op) -> list[Shape]:
         for shape in op.gpu_shapes
     ]
     return list({(str(shape), shape.dtype): shape for shape in short}.values())
-
-
-def record_case(op: Op, shape: Shape) -> list[launch.Launch]:
-    """The launches of an op's Triton run; none where it has none."""
-    with launch.record_launches() as launches, torch.no_grad(), NoRandomNumbers():
-        run = op.build(shape, torch.device("cpu")).runs.get("triton")
-        if run is not None:
-            run()
-    return launches
 
 
 class NoRandomNumbers(TorchFunctionMode):
@@ -178,16 +195,27 @@ def build_row(
 
 
 def print_table(rows: Sequence[KernelResources]) -> None:
-    """The rows for people. Widths are written `6x16 1x4`: six of 16 bytes, one of 4."""
+    """A line for each kernel of an op and chip: ranges over its configurations, widths of the first."""
     table = Table(*COLUMNS)
+    groups: dict[tuple[str, str, int], list[KernelResources]] = {}
     for row in rows:
-        fields = asdict(row) | {name: format_widths(getattr(row, name)) for name in ("loads", "stores")}
-        table.add_row(*(escape(str(fields[column])) for column in COLUMNS))
+        groups.setdefault((row.op, row.kernel, row.capability), []).append(row)
+    for (op, kernel, capability), group in groups.items():
+        names = ("num_warps", "registers", "stack_bytes", "shared_bytes")
+        ranges = (format_range(getattr(row, name) for row in group) for name in names)
+        widths = (format_widths(group[0].loads), format_widths(group[0].stores))
+        table.add_row(op, kernel, f"sm_{capability}", str(len(group)), *ranges, *widths)
     Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
+def format_range(numbers: Iterable[int]) -> str:
+    """`32-56`, or the one number."""
+    ordered = sorted(set(numbers))
+    return str(ordered[0]) if len(ordered) == 1 else f"{ordered[0]}-{ordered[-1]}"
+
+
 def format_widths(widths: dict[int, int]) -> str:
-    """`6x16 1x4`, the widest first."""
+    """`6x16 1x4`: six of 16 bytes, one of 4; the widest first."""
     return " ".join(f"{count}x{width}" for width, count in sorted(widths.items(), reverse=True))
 
 

@@ -52,6 +52,7 @@ def list_kernels() -> set[str]:
     return {node.name for node in compiled} - {ast.unparse(call.func) for call in calls}
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_every_chip(rows):
     kernels = list_kernels()
     assert "guided_flow_step_kernel" in kernels
@@ -59,11 +60,13 @@ def test_every_kernel_compiles_for_every_chip(rows):
     assert not {(kernel, chip) for kernel in kernels for chip in CAPABILITIES} - compiled
 
 
+@pytest.mark.slow
 def test_every_op_on_triton_has_rows(rows):
     ops = {path.parent.name for path in ROOT.glob("realign_kernels/*/triton.py")}
     assert not ops - {row["op"].partition(".")[0] for row in rows}
 
 
+@pytest.mark.slow
 def test_nothing_spills(rows):
     assert [row for row in rows if row["stack_bytes"]] == []
 
@@ -72,6 +75,7 @@ def test_nothing_spills(rows):
 READ_NUMBERS = {"group_advantage_kernel", "grpo_loss_kernel", "philox_normal_kernel"}
 
 
+@pytest.mark.slow
 def test_aligned_tensors_of_tokens_are_loaded_16_bytes_at_a_time(rows):
     aligned = [row for row in rows if not re.search(r"\*\w+!", row["configuration"])]
     read = [row for row in aligned if row["language"] == "triton" and row["kernel"] not in READ_NUMBERS]

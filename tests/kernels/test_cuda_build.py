@@ -1,4 +1,4 @@
-"""The CUDA files compile for every chip without spills and load without a GPU; nobody needs nvcc to install."""
+"""The CUDA files compile for every chip without spills, load without a GPU; an install needs no nvcc."""
 
 from __future__ import annotations
 
