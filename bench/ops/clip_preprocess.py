@@ -21,11 +21,11 @@ def _shapes(dtype: torch.dtype, *sizes: tuple[int, int, int]) -> list[Shape]:
     return [Shape(dict(zip("BHS", size, strict=True)), dtype) for size in sizes]
 
 
-SHAPES = _shapes(torch.float32, (1, 1024, 224), (1, 512, 224), (1, 1024, 336), (1, 512, 336), (4, 1024, 224))
-DECODED_SHAPES = _shapes(torch.float32, (1, 1024, 224), (1, 512, 224)) + _shapes(
-    torch.bfloat16, (1, 1024, 224)
-)
-GPU_SIZES = ((96, 1024, 224), (32, 1024, 224), (1, 1024, 224), (96, 512, 224), (32, 1024, 336))
+SMALL = (16, 64, 64)  # pictures of mini, which are as large as they have to be
+SIZES = ((1, 1024, 224), (1, 512, 224), (1, 1024, 336), (1, 512, 336), (4, 1024, 224), SMALL)
+GPU_SIZES = ((96, 1024, 224), (32, 1024, 224), (1, 1024, 224), (96, 512, 224), (32, 1024, 336), SMALL)
+SHAPES = _shapes(torch.float32, *SIZES)
+DECODED_SHAPES = [*_shapes(torch.float32, *SIZES[:2], SMALL), *_shapes(torch.bfloat16, SIZES[0])]
 GPU_SHAPES = _shapes(torch.bfloat16, *GPU_SIZES)
 
 

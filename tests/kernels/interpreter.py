@@ -8,10 +8,13 @@ A number of a product has the same bits wherever in a tile it stands, as on the 
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 
 
+@cache
 def install_bfloat16() -> None:
     """Replace the interpreter's cast between float32 and bfloat16 by torch's, and its products of floats."""
     import triton.language as tl
