@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from bench.case import PLAIN, Case, Run, Shape
+from bench.case import OURS, PLAIN, Case, Run, Shape
 from bench.gate import keep_right_runs
 from bench.registry import OPS
 from bench.rows import GpuRow, Spread, describe_times
@@ -163,10 +163,8 @@ def build_sets(task: Task, timer: Timer, first: Case) -> list[Case]:
 
 def make_rows(task: Task, measured: Measured, commit: str) -> list[GpuRow]:
     """A row for every run."""
-    machine = measured.machine
-    fields = describe_times(
-        {name: timing.spread for name, timing in measured.timings.items()}, measured.num_bytes
-    )
+    machine, timings = measured.machine, measured.timings
+    fields = describe_times({name: timing.spread for name, timing in timings.items()}, measured.num_bytes)
     return [
         GpuRow(
             op=task.op,
@@ -180,11 +178,22 @@ def make_rows(task: Task, measured: Measured, commit: str) -> list[GpuRow]:
             method=timing.method,
             launches=timing.launches,
             input_sets=measured.input_sets,
-            **fields[name],
+            **fields[name] | {"times_faster": compare(timing, timings)},
             **vars(machine),
         )
-        for name, timing in measured.timings.items()
+        for name, timing in timings.items()
     ]
+
+
+def compare(timing: Timing, timings: dict[str, Timing]) -> dict[str, float]:
+    """Times faster than each baseline; where only one of the two was captured, by their calls from Python."""
+
+    def divide(other: Timing) -> float:
+        if other.method == timing.method:
+            return other.spread.median_us / timing.spread.median_us
+        return other.call_us / timing.call_us
+
+    return {name: float(f"{divide(other):.3g}") for name, other in timings.items() if name not in OURS}
 
 
 def _announced(name: str, run: Run, announce: Callable[[str], None]) -> Run:

@@ -53,7 +53,8 @@ class GpuRow(Row):
         copy_share: gb_per_s over copy_gb_per_s, the rate of a large copy on the device, in the same run.
         tflop_per_s: for matrix products, else 0; matmul_tflop_per_s: of a large bf16 one, in the same run.
         call_us: time of a call from Python, one after the other: what a program without graphs waits at most.
-        method: "graph" (replay of a captured graph) or "events" (around calls, where it cannot be captured).
+        method: "graph" (replay of a captured graph) or "events" (around calls, where it cannot be captured;
+            times_faster then compares call_us).
         launches: nodes of one call's graph (kernels, copies, fills); 0 where it cannot be captured.
         input_sets: equal sets of inputs that took turns, so that none stays in the L2 cache.
     """

@@ -11,9 +11,9 @@ import torch
 
 from bench import measure
 from bench.case import PLAIN, Op, Shape
-from bench.measure import COMPILED, Compiled, Task, make_rows, measure_case
+from bench.measure import COMPILED, Compiled, Task, Timing, make_rows, measure_case
 from bench.registry import OPS
-from bench.rows import GpuRow
+from bench.rows import GpuRow, Spread
 from tests.bench.fakes import WallTimer, make_case
 
 SHAPE = Shape({"L": 5, "E": 6})
@@ -59,6 +59,15 @@ def test_rates_of_matrix_products():
     measured = replace(measure_case(TASK, WallTimer(), [].append), num_flops=10**9)
     for row in make_rows(TASK, measured, "abc"):
         assert row.tflop_per_s == pytest.approx(1e9 / row.median_us / 1e6, rel=0.02)
+
+
+def test_a_replayed_run_is_compared_with_a_called_one_by_their_calls():
+    timings = {
+        "torch": Timing(Spread(50.0, 50.0, 50.0), 50.0, "events", 0),
+        "torch.compile": Timing(Spread(4.0, 4.0, 4.0), 30.0, "graph", 1),
+        "triton": Timing(Spread(2.0, 2.0, 2.0), 10.0, "graph", 1),
+    }
+    assert measure.compare(timings["triton"], timings) == {"torch": 5.0, "torch.compile": 2.0}
 
 
 def test_a_run_that_failed_before_is_left_out():
