@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from bench.case import Op, Shape
 from bench.compiling import compile_cuda, compile_triton, specialise
-from bench.machine_code import Usage, Widths, find_tool
+from bench.machine_code import find_tool
 from bench.registry import OPS
 from bench.rows import RESULTS as FOLDER
 from bench.rows import name_commit
@@ -61,6 +61,7 @@ class KernelResources:
         configuration: see `Specialised.describe`; of a CUDA kernel, its template arguments.
         capability: ten times the compute capability: 80, 90.
         num_warps: of a Triton kernel; 0 for CUDA, where a launch says.
+        is_timed: whether a bench entry runs this configuration; of CUDA kernels always.
         registers: per thread.
         stack_bytes: per thread; not 0 means spilled registers, or arrays outside registers.
         shared_bytes: per block, without what the launch of a CUDA kernel adds.
@@ -73,6 +74,7 @@ class KernelResources:
     configuration: str
     capability: int
     num_warps: int
+    is_timed: bool
     registers: int
     stack_bytes: int
     shared_bytes: int
@@ -125,7 +127,7 @@ def compile_all(ops: Sequence[str], capabilities: Sequence[int]) -> list[KernelR
 def compile_source(source: Path, capabilities: Sequence[int]) -> list[KernelResources]:
     """One row per kernel of a CUDA file and chip."""
     return [
-        build_row(source.stem, "cuda", *name, capability, 0, *resources)
+        build_row(source.stem, "cuda", *name, capability, 0, True, *resources)
         for capability in capabilities
         for name, resources in compile_cuda(source, capability).items()
     ]
@@ -134,26 +136,26 @@ def compile_source(source: Path, capabilities: Sequence[int]) -> list[KernelReso
 def compile_op(name: str, capabilities: Sequence[int]) -> list[KernelResources]:
     """One row per distinct configuration of the op's Triton kernels and chip."""
     rows: dict[tuple, KernelResources] = {}
-    for recorded in record_launches(name):
+    for is_timed, recorded in record_launches(name):
         for capability in capabilities:
             chosen = specialise(recorded, capability)
             label = (chosen.kernel.__name__, chosen.describe(), capability, recorded.num_warps)
             if label not in rows:
-                rows[label] = build_row(name, "triton", *label, *compile_triton(chosen, capability))
+                rows[label] = build_row(name, "triton", *label, is_timed, *compile_triton(chosen, capability))
     return list(rows.values())
 
 
-def record_launches(name: str) -> Iterator[launch.Launch]:
-    """The launches of an op's Triton run at each shape, and of its variants; none where it has none."""
+def record_launches(name: str) -> Iterator[tuple[bool, launch.Launch]]:
+    """The launches of an op's Triton run at each shape (True) and of its variants (False), if it has any."""
     for shape in pick_shapes(OPS[name]):
         with launch.record_launches() as launches, torch.no_grad(), NoRandomNumbers():
             run = OPS[name].build(shape, torch.device("cpu")).runs.get("triton")
             if run is not None:
                 run()
-        yield from launches
+        yield from ((True, recorded) for recorded in launches)
     with launch.record_launches() as launches, torch.no_grad():
         VARIANTS.get(name, lambda: None)()
-    yield from launches
+    yield from ((False, recorded) for recorded in launches)
 
 
 def pick_shapes(op: Op) -> list[Shape]:
@@ -178,20 +180,10 @@ class NoRandomNumbers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_row(
-    op: str,
-    language: str,
-    kernel: str,
-    configuration: str,
-    capability: int,
-    num_warps: int,
-    usage: Usage,
-    widths: Widths,
-) -> KernelResources:
-    """A row."""
-    return KernelResources(
-        op, language, kernel, configuration, capability, num_warps, **asdict(usage), **asdict(widths)
-    )
+def build_row(*fields: object) -> KernelResources:
+    """A row of its first fields, usage and widths."""
+    *label, usage, widths = fields
+    return KernelResources(*label, **asdict(usage), **asdict(widths))
 
 
 def print_table(rows: Sequence[KernelResources]) -> None:
