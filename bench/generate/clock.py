@@ -1,17 +1,23 @@
-"""What the time went into, by phase: whoever works says so, or is wrapped from outside."""
+"""What the time went into, by phase.
+
+The baseline says itself what it does; the engine's functions are wrapped from outside, and are looked for by
+name: where one is gone, this says so.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-# `reading` the prompt, `rereading` a text that the model wrote itself, `reasoning` writing it, `autoencoder`
-# both ways; what no phase claims (schedules, PNGs, bookkeeping) is `other`.
-PHASES = ("reading", "rereading", "reasoning", "denoising", "autoencoder", "other")
+# `reading` the prompt, `reasoning` writing a text, `rereading` what was written, `autoencoder` both ways, to
+# the finished picture; what no phase claims (checks, schedules, PNGs, bookkeeping) is `other`.
+PHASES = ("reading", "reasoning", "rereading", "denoising", "autoencoder", "other")
 
 
 class Clock:
@@ -21,46 +27,93 @@ class Clock:
         device: on CUDA every change of phase waits for the device, so that its work counts where it began.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.running: list[str] = []
-        self.since = 0.0
+        self._running: list[str] = []
+        self._since = 0.0
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Within this, time counts for the phase."""
         self._book()
-        self.running.append(name)
+        self._running.append(name)
         try:
             yield
         finally:
             self._book()
-            self.running.pop()
-
-    def wrap(self, name: str, function: Callable) -> Callable:
-        """The function; its time counts for the phase."""
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with self.phase(name):
-                return function(*args, **kwargs)
-
-        return run
+            self._running.pop()
 
     def _book(self) -> None:
         """Give the time since the last change to the phase that is running."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
-        if self.running:
-            self.seconds[self.running[-1]] += now - self.since
-        self.since = now
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
 
 
 class NoClock:
-    """Keeps no time."""
+    """Keeps no time, and waits for nothing."""
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Nothing but what is within."""
         yield
+
+
+def _always(name: str) -> Callable[..., str]:
+    return lambda *args: name
+
+
+def _name_reading(reader: Any, readings: Any) -> str:
+    """What goes on after a context is what the model wrote."""
+    return "rereading" if any(reading.start.length for reading in readings) else "reading"
+
+
+# Module, function or method, and the phase of a call with its positional arguments.
+ENGINE_PLACES = (
+    ("realign.runtime.reader", "Reader.read", _name_reading),
+    ("realign.runtime.engine", "decode_text", _always("reasoning")),
+    ("realign.runtime.engine", "denoise", _always("denoising")),
+    ("realign.runtime.engine", "decode_pictures", _always("autoencoder")),
+    ("realign.model.autoencoder", "Autoencoder.encode", _always("autoencoder")),
+    ("realign.model.autoencoder", "Autoencoder.decode", _always("autoencoder")),
+)
+
+
+@contextlib.contextmanager
+def watch_engine(clock: Clock | NoClock) -> Iterator[None]:
+    """Within this, engines tell the clock their phases; all else is `other`.
+
+    Raises: LookupError naming a function of the engine that is not where it was.
+    """
+    with contextlib.ExitStack() as stack:
+        if isinstance(clock, Clock):
+            for module, path, name_phase in ENGINE_PLACES:
+                stack.enter_context(_wrapped(module, path, name_phase, clock))
+        stack.enter_context(clock.phase("other"))
+        yield
+
+
+@contextlib.contextmanager
+def _wrapped(module: str, path: str, name_phase: Callable[..., str], clock: Clock) -> Iterator[None]:
+    """The function within the module, its calls put on the clock, until this ends."""
+    *owners, name = path.split(".")
+    try:
+        owner = functools.reduce(getattr, owners, importlib.import_module(module))
+        function = getattr(owner, name)
+    except (ImportError, AttributeError) as error:
+        raise LookupError(f"{module}.{path} is not there ({error}): mend ENGINE_PLACES") from error
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with clock.phase(name_phase(*args)):
+            return function(*args, **kwargs)
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, function)
