@@ -1,9 +1,9 @@
 """`group_advantage` in Triton: one launch, one program per group.
 
-A program finds its group's members among all, moves their values to a place of their own, in their order, and
-sums from there: the order of the sums depends on nothing but the number of members. Each program reads all
-group numbers: the work is N times G, little for the thousands of samples of one update.
-N samples, R rewards of each, G groups, K numbers of a sample that are normalised.
+A program lists its group's members, in their order, and sums along that list: the order of the sums depends
+on nothing but the number of members. Each program reads all group numbers: the work is N times G, little for
+the thousands of samples of one update.
+N samples, R rewards of each, G groups, M members of one, K numbers of a sample that are normalised.
 """
 
 from __future__ import annotations
@@ -22,22 +22,56 @@ BLOCK_SAMPLES, BLOCK_MEMBERS = 1024, 64
 
 
 @triton.jit
-def load_values(p_reward, p_weight, o_n, m_n, i_k, R: tl.constexpr, IS_SUM: tl.constexpr):
-    """Numbers to normalise of some samples: a reward, or the weighted sum of all, from left to right."""
+def load_groups(p_group, o_n, num_samples):
+    """Group numbers; one beyond all groups where there is no sample."""
+    return tl.load(p_group + o_n, mask=o_n < num_samples, other=1 << 62)
+
+
+@triton.jit
+def count_lower(p_group, i_g, num_samples, BN: tl.constexpr):
+    """Samples of lower groups: where this group's place in the order begins."""
+    num_lower = tl.zeros((BN,), tl.int32)
+    for i in range(0, num_samples, BN):
+        group = load_groups(p_group, i + tl.arange(0, BN), num_samples)
+        num_lower += (group < i_g).to(tl.int32)
+    return tl.sum(num_lower, axis=0)
+
+
+@triton.jit
+def list_members(p_group, p_order, p_advantage, i_g, start, num_samples, BN: tl.constexpr):
+    """Write the group's members from `start` on, and say how many; the first also marks those of no group."""
+    end = start
+    for i in range(0, num_samples, BN):
+        o_n = i + tl.arange(0, BN)
+        group = load_groups(p_group, o_n, num_samples)
+        is_member = (group == i_g).to(tl.int32)
+        tl.store(p_order + end + tl.cumsum(is_member, axis=0) - 1, o_n, mask=is_member != 0)
+        end += tl.sum(is_member, axis=0)
+        is_lost = (i_g == 0) & (o_n < num_samples) & ((group < 0) | (group >= tl.num_programs(0)))
+        tl.store(p_advantage + o_n, tl.full((BN,), float("nan"), tl.float32), mask=is_lost)
+    return end - start
+
+
+@triton.jit
+def load_values(p_reward, p_weight, p_order, o_m, m_m, i_k, R: tl.constexpr, IS_SUM: tl.constexpr):
+    """Numbers to normalise of members: a reward, or the weighted sum of all, from left to right."""
+    o_n = o_m
+    if p_order is not None:
+        o_n = tl.load(p_order + o_m, mask=m_m, other=0)
     p_first = p_reward + o_n.to(tl.int64) * R
     if IS_SUM:
-        value = load_weighted(p_first, p_weight, m_n, 0)
+        value = load_weighted(p_first, p_weight, m_m, 0)
         for i_r in tl.static_range(1, R):
-            value += load_weighted(p_first, p_weight, m_n, i_r)
+            value += load_weighted(p_first, p_weight, m_m, i_r)
     else:
-        value = tl.load(p_first + i_k, mask=m_n, other=0.0).to(tl.float32)
+        value = tl.load(p_first + i_k, mask=m_m, other=0.0).to(tl.float32)
     return value
 
 
 @triton.jit
-def load_weighted(p_first, p_weight, m_n, i_r):
-    """A reward of some samples, times its weight if there are weights."""
-    value = tl.load(p_first + i_r, mask=m_n, other=0.0).to(tl.float32)
+def load_weighted(p_first, p_weight, m_m, i_r):
+    """A reward of members, times its weight if there are weights."""
+    value = tl.load(p_first + i_r, mask=m_m, other=0.0).to(tl.float32)
     if p_weight is not None:
         value *= tl.load(p_weight + i_r)
     return value
@@ -45,58 +79,32 @@ def load_weighted(p_first, p_weight, m_n, i_r):
 
 @triton.jit
 def measure_values(
-    p_reward, p_weight, start, count, i_k,
-    R: tl.constexpr, IS_SUM: tl.constexpr, CORRECTION: tl.constexpr, BN: tl.constexpr,
+    p_reward, p_weight, p_order, count, i_k,
+    R: tl.constexpr, IS_SUM: tl.constexpr, CORRECTION: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Of `count` samples: the first value, mean and deviation of the differences from it, how many differ."""
+    """Of `count` members: the first value, mean and deviation of the differences from it, how many differ."""
+    o_m = tl.arange(0, BM)
     first = tl.sum(
-        load_values(p_reward, p_weight, start + tl.arange(0, 1), count > 0, i_k, R, IS_SUM), axis=0
+        load_values(p_reward, p_weight, p_order, tl.arange(0, 1), count > 0, i_k, R, IS_SUM), axis=0
     )
-    total = tl.zeros((BN,), tl.float32)
-    num_different = tl.zeros((BN,), tl.int32)
-    for i in range(0, count, BN):
-        o_n = i + tl.arange(0, BN)
-        value = load_values(p_reward, p_weight, start + o_n, o_n < count, i_k, R, IS_SUM)
-        total += tl.where(o_n < count, value - first, 0.0)
-        num_different += ((o_n < count) & (value != first)).to(tl.int32)
+    total = tl.zeros((BM,), tl.float32)
+    num_different = tl.zeros((BM,), tl.int32)
+    for i in range(0, count, BM):
+        m_m = i + o_m < count
+        value = load_values(p_reward, p_weight, p_order, i + o_m, m_m, i_k, R, IS_SUM)
+        total += tl.where(m_m, value - first, 0.0)
+        num_different += (m_m & (value != first)).to(tl.int32)
     mean_offset = tl.div_rn(tl.sum(total, axis=0), tl.maximum(count, 1).to(tl.float32))
     mean_offset = tl.where(count > 0, mean_offset, float("nan"))
-    squares = tl.zeros((BN,), tl.float32)
-    for i in range(0, count, BN):
-        o_n = i + tl.arange(0, BN)
-        value = load_values(p_reward, p_weight, start + o_n, o_n < count, i_k, R, IS_SUM)
-        deviation = tl.where(o_n < count, value - first - mean_offset, 0.0)
+    squares = tl.zeros((BM,), tl.float32)
+    for i in range(0, count, BM):
+        m_m = i + o_m < count
+        value = load_values(p_reward, p_weight, p_order, i + o_m, m_m, i_k, R, IS_SUM)
+        deviation = tl.where(m_m, value - first - mean_offset, 0.0)
         squares += deviation * deviation
     variance = tl.div_rn(tl.sum(squares, axis=0), tl.maximum(count - CORRECTION, 1).to(tl.float32))
     std = tl.where(count > 0, tl.sqrt_rn(variance), float("nan"))
     return first, mean_offset, std, tl.sum(num_different, axis=0)
-
-
-@triton.jit
-def load_groups(p_group, o_n, num_samples):
-    """Group numbers; one beyond all groups where there is no sample."""
-    return tl.load(p_group + o_n, mask=o_n < num_samples, other=1 << 62)
-
-
-@triton.jit
-def move_members(
-    p_reward, p_weight, p_group, p_moved, i_g, i_k, num_samples,
-    R: tl.constexpr, IS_SUM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Put the values of a group's members, in their order, behind those of lower groups; where, how many."""
-    num_lower = tl.zeros((BN,), tl.int32)
-    for i in range(0, num_samples, BN):
-        group = load_groups(p_group, i + tl.arange(0, BN), num_samples)
-        num_lower += (group < i_g).to(tl.int32)
-    start = tl.sum(num_lower, axis=0)
-    end = start
-    for i in range(0, num_samples, BN):
-        o_n = i + tl.arange(0, BN)
-        is_member = load_groups(p_group, o_n, num_samples) == i_g
-        value = load_values(p_reward, p_weight, o_n, is_member, i_k, R, IS_SUM)
-        tl.store(p_moved + end + tl.cumsum(is_member.to(tl.int32), axis=0) - 1, value, mask=is_member)
-        end += tl.sum(is_member.to(tl.int32), axis=0)
-    return start, end - start
 
 
 @triton.jit
@@ -105,47 +113,45 @@ def clamp_values(x, bound):
     return tl.where(x < -bound, -bound, tl.where(x > bound, bound, x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples"])  # one kernel for any number
 def group_advantage_kernel(
-    p_reward, p_weight, p_group, p_moved, p_advantage, p_mean, p_std, p_degenerate,
+    p_reward, p_weight, p_group, p_order, p_advantage, p_mean, p_std, p_degenerate,
     num_samples, epsilon, clamp,
     R: tl.constexpr, IS_SUM: tl.constexpr, STD: tl.constexpr, CORRECTION: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """One group, column after column; an advantage grows in memory. STD as in `STD_CODES`."""
     K: tl.constexpr = 1 if IS_SUM else R
-    i_g = tl.program_id(0).to(tl.int64)
+    i_g = tl.program_id(0)
+    start = count_lower(p_group, i_g, num_samples, BN)
+    count = list_members(p_group, p_order, p_advantage, i_g, start, num_samples, BN)
+    tl.debug_barrier()
+    p_order += start
     num_different = 0
-    for i_k in tl.static_range(K):
-        start, count = move_members(
-            p_reward, p_weight, p_group, p_moved, i_g, i_k, num_samples, R, IS_SUM, BN
-        )
-        tl.debug_barrier()
+    for i_k in range(K):
         first, mean_offset, std, num = measure_values(
-            p_moved, None, start, count, 0, 1, False, CORRECTION, BM
+            p_reward, p_weight, p_order, count, i_k, R, IS_SUM, CORRECTION, BM
         )
         num_different += num
-        tl.store(p_mean + i_g * K + i_k, first + mean_offset)
-        tl.store(p_std + i_g * K + i_k, std)
+        tl.store(p_mean + i_g.to(tl.int64) * K + i_k, first + mean_offset)
+        tl.store(p_std + i_g.to(tl.int64) * K + i_k, std)
         if STD == 2:
-            _, _, std, _ = measure_values(p_reward, p_weight, 0, num_samples, i_k, R, IS_SUM, CORRECTION, BN)
-        for i in range(0, num_samples, BN):
-            o_n = i + tl.arange(0, BN)
-            group = load_groups(p_group, o_n, num_samples)
-            is_member = group == i_g
-            advantage = load_values(p_reward, p_weight, o_n, is_member, i_k, R, IS_SUM) - first - mean_offset
+            _, _, std, _ = measure_values(
+                p_reward, p_weight, None, num_samples, i_k, R, IS_SUM, CORRECTION, BN
+            )
+        for i in range(0, count, BM):
+            o_m = i + tl.arange(0, BM)
+            value = load_values(p_reward, p_weight, p_order, o_m, o_m < count, i_k, R, IS_SUM)
+            advantage = value - first - mean_offset
             if STD != 0:
                 advantage = tl.div_rn(advantage, tl.zeros_like(advantage) + (std + epsilon))
             if not IS_SUM and p_weight is not None:
                 advantage *= tl.load(p_weight + i_k)
-            if i_k > 0:
-                advantage += tl.load(p_advantage + o_n, mask=is_member, other=0.0)
-            if i_k == K - 1:
-                advantage = clamp_values(advantage, clamp)
-            # The first program also marks samples that are in no group.
-            is_lost = (i_g == 0) & (o_n < num_samples) & ((group < 0) | (group >= tl.num_programs(0)))
-            advantage = tl.where(is_lost, float("nan"), advantage)
-            tl.store(p_advantage + o_n, advantage, mask=is_member | is_lost)
+            p_own = p_advantage + tl.load(p_order + o_m, mask=o_m < count, other=0)
+            if K > 1:
+                advantage += tl.load(p_own, mask=(o_m < count) & (i_k > 0), other=0.0)
+            advantage = tl.where(i_k == K - 1, clamp_values(advantage, clamp), advantage)
+            tl.store(p_own, advantage, mask=o_m < count)
         tl.debug_barrier()
     tl.store(p_degenerate + i_g, num_different == 0)
 
@@ -165,14 +171,14 @@ def group_advantage_triton(
     """`group_advantage` on a GPU: advantages, means, standard deviations, which are degenerate."""
     outputs = allocate_outputs(rewards_NR, num_groups, normalize)
     num_samples, num_rewards = rewards_NR.shape
-    moved_N = torch.empty(num_samples, dtype=torch.float32, device=rewards_NR.device)
+    order_N = torch.empty(num_samples, dtype=torch.int32, device=rewards_NR.device)
     launch(
         group_advantage_kernel,
         (num_groups,),
         rewards_NR.contiguous(),
         None if weights_R is None else weights_R.contiguous(),
         group_N.contiguous(),
-        moved_N,
+        order_N,
         *outputs,
         num_samples,
         epsilon,
@@ -183,6 +189,8 @@ def group_advantage_triton(
         CORRECTION=correction,
         BN=BLOCK_SAMPLES,
         BM=BLOCK_MEMBERS,
+        num_warps=8,
+        maxnreg=128,  # left to itself, ptxas aims at 48 and spills one
     )
     return outputs
 
