@@ -268,7 +268,7 @@ def test_a_sample_of_no_group_has_no_advantage(impl):
 @pytest.mark.parametrize("impl", COMPILED)
 def test_paths_agree(impl, sizes, num_rewards, rule, seed):
     group_N, rewards_NR = make_groups(sizes, seed), torch.rand(sum(sizes), num_rewards)
-    arguments = (group_N, len(sizes), torch.rand(num_rewards), replace(rule, epsilon=1e-2))
+    arguments = (group_N, len(sizes), torch.rand(num_rewards), replace(rule, epsilon=0.1))
     result, reference = (run(rewards_NR, *arguments, path) for path in (impl, "reference"))
     for name, wanted in vars(reference).items():
         torch.testing.assert_close(getattr(result, name), wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
