@@ -2,9 +2,10 @@
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
+#include <tuple>
 #include <type_traits>
 
-#include "guided_flow_step_cuda.h"
+#include "cluster_sample.h"
 
 namespace py = pybind11;
 
@@ -33,6 +34,14 @@ void def_dtype(Params& params, const char* name, Member member) {
 void guided_flow_step(const ClusterStepParams& params, int cluster_size, uint64_t stream) {
   const char* error = realign_guided_flow_step_cuda(&params, cluster_size, stream);
   if (error != nullptr) throw std::runtime_error(error);
+}
+
+// Blocks of a cluster, units that a block keeps, bytes of its shared memory: the launcher's choice on such a device.
+std::tuple<int, int64_t, int64_t> plan(const ClusterStepParams& params, int num_processors, int max_cluster_size,
+                                       int64_t max_shared_bytes) {
+  const realign::ClusterLimits limits = {num_processors, max_cluster_size, max_shared_bytes};
+  const realign::ClusterPlan plan = realign::choose_clusters(realign::find_demand(params), limits);
+  return {plan.cluster_size, plan.kept_units, plan.shared_bytes};
 }
 
 }  // namespace
@@ -68,5 +77,6 @@ PYBIND11_MODULE(_C_cuda, m) {
   def_address(params, "logprob_weight", &ClusterStepParams::logprob_weight);
   def_address(params, "logprob_constant", &ClusterStepParams::logprob_constant);
   def_address(params, "logprob", &ClusterStepParams::logprob);
+  m.def("plan", &plan);
   m.def("guided_flow_step", &guided_flow_step, py::call_guard<py::gil_scoped_release>());
 }

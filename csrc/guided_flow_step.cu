@@ -62,6 +62,22 @@ Kernel choose_kernel(Dtype velocity) {
   return guided_flow_step_kernel<Dtype::float16, kAligned>;
 }
 
+// Makes a device the current one for as long as this lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    error = cudaGetDevice(&previous_);
+    if (error == cudaSuccess && previous_ != device) error = cudaSetDevice(device);
+  }
+  ~DeviceGuard() {
+    if (error == cudaSuccess) cudaSetDevice(previous_);
+  }
+  cudaError_t error;
+
+ private:
+  int previous_ = 0;
+};
+
 int read_attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;
   cudaDeviceGetAttribute(&value, attribute, device);
@@ -112,8 +128,8 @@ extern "C" const char* realign_guided_flow_step_cuda(const realign::ClusterStepP
                                                      uint64_t stream) {
   using namespace realign;
   if (given->num_samples == 0) return nullptr;
-  const cudaError_t error = cudaSetDevice(given->device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const DeviceGuard guard(given->device);
+  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
   if (read_attribute(cudaDevAttrComputeCapabilityMajor, given->device) < 9) {
     return "thread-block clusters need compute capability 9.0 or higher";
   }
@@ -123,6 +139,7 @@ extern "C" const char* realign_guided_flow_step_cuda(const realign::ClusterStepP
       aligned ? choose_kernel<true>(params.velocity_dtype) : choose_kernel<false>(params.velocity_dtype);
   const ClusterLimits limits = prepare(kernel, params.device);
   if (cluster_size > limits.max_cluster_size) return "this device has no clusters of that size";
+  if (cluster_size != 0 && kSlices % cluster_size != 0) return "a cluster has 1, 2, 4, 8 or 16 blocks";
   const ClusterDemand demand = find_demand(params);
   const ClusterPlan plan =
       cluster_size == 0 ? choose_clusters(demand, limits) : plan_clusters(demand, limits, cluster_size);

@@ -22,6 +22,7 @@ from tests.kernels.flow_cases import make_case
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(ROOT.glob("csrc/*.cu"))
+H200 = (132, 232448)  # processors, bytes of shared memory that a block may have
 needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason=NOT_FOUND)
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler here")
 
@@ -85,6 +86,37 @@ def test_the_module_is_built_and_loads():
     assert native.has_cuda(), native.describe_cuda()
     assert native.describe_cuda().startswith("compiled CUDA kernels: ")
     assert "_C_cuda" in native.describe_cuda()
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("num_samples", "max_tokens", "max_cluster_size", "expected_size"),
+    [
+        (96, 4096, 16, 16),  # 64 KB a block: two fit on a processor
+        (96, 4096, 8, 8),  # 128 KB: one fits
+        (96, 1024, 16, 4),
+        (16, 1024, 16, 16),  # so that there are two blocks for each processor
+        (1, 16, 16, 16),
+        (96, 16, 16, 4),
+    ],
+)
+def test_clusters_are_as_small_as_fills_the_gpu(num_samples, max_tokens, max_cluster_size, expected_size):
+    params = native._C_CUDA.ClusterStepParams()
+    params.num_samples, params.num_channels, params.max_tokens = num_samples, 64, max_tokens
+    size, kept_units, shared_bytes = native._C_CUDA.plan(params, *H200[:1], max_cluster_size, *H200[1:])
+    assert size == expected_size
+    assert kept_units * 8 == max_tokens * 64 // size
+    assert kept_units * 32 < shared_bytes <= H200[1]
+
+
+@needs_nvcc
+def test_what_does_not_fit_is_not_kept():
+    params = native._C_CUDA.ClusterStepParams()
+    params.num_samples, params.num_channels, params.max_tokens = 1, 64, 70_000
+    size, kept_units, shared_bytes = native._C_CUDA.plan(params, *H200[:1], 16, *H200[1:])
+    assert size == 16
+    assert 3.5e6 < size * kept_units * 32 < 70_000 * 64 * 4
+    assert shared_bytes <= H200[1]
 
 
 @needs_nvcc
