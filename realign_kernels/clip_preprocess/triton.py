@@ -23,7 +23,11 @@ from realign_kernels.clip_preprocess.table import NUM_FIELDS, AxisArrays, build_
 from realign_kernels.launch import launch
 
 TILE = 16  # the side of a program's part of the result: the least that a product of matrices takes
-ROWS, COLUMNS = 32, 64  # of a picture that are taken in at a time
+# How much of a picture is taken in at a time, and by how many warps: registers have room for no more. Pixels
+# take more of them where no load is wide.
+WIDE = {"BR": 64, "BC": 64, "num_warps": 4}
+NARROW = {"BR": 64, "BC": 64, "num_warps": 8}
+INTERLEAVED = {"BR": 32, "BC": 64, "num_warps": 4}
 LINE = 8  # pixels: a tile's columns begin at a multiple of this, so that loads are wide
 
 
@@ -37,9 +41,8 @@ def clip_preprocess_triton(
     if not pictures:
         return out_BCST
     table = build_table(pictures, height, width, resize_mode, pack_digits)
-    # Wide loads need few registers. Without them, pixels are spread over more threads.
-    is_aligned = all(map(_is_aligned, table.pictures))
     is_interleaved = pictures[0].dtype == torch.uint8
+    is_aligned = not is_interleaved and all(map(_is_aligned, table.pictures))
     launch(
         clip_preprocess_kernel,
         (len(pictures) * triton.cdiv(height, TILE) * triton.cdiv(width, TILE),),
@@ -49,9 +52,7 @@ def clip_preprocess_triton(
         IS_ALIGNED=is_aligned,
         TILE=TILE,
         LINE=LINE,
-        BR=ROWS,
-        BC=COLUMNS,
-        num_warps=4 if is_aligned or is_interleaved else 8,
+        **(INTERLEAVED if is_interleaved else WIDE if is_aligned else NARROW),
         num_stages=1,
     )
     return out_BCST
@@ -65,11 +66,7 @@ def _(pictures, levels, height, width, resize_mode, fill):
 def _is_aligned(picture: Tensor) -> bool:
     """Whether each plane of floats, and each row in it, is made of whole lines, so that loads may be wide."""
     sides = (picture.stride(0), picture.stride(1), picture.shape[2])
-    return (
-        picture.dtype != torch.uint8
-        and picture.data_ptr() % 16 == 0
-        and all(side % LINE == 0 for side in sides)
-    )
+    return picture.data_ptr() % 16 == 0 and all(side % LINE == 0 for side in sides)
 
 
 @lru_cache(maxsize=256)
