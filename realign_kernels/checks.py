@@ -19,7 +19,7 @@ DTYPE_NAMES = "float32, bfloat16, float16 or float64"
 
 def can_read_values(tensor: Tensor) -> bool:
     """True where reading the numbers costs no device sync and no graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def check_packed(name: str, tensor: Tensor) -> None:
@@ -43,9 +43,10 @@ def check_like(name: str, tensor: Tensor, first_name: str, first: Tensor, *, sam
         )
     if tensor.device != first.device:
         raise ValueError(f"{name} is on {tensor.device}: must be on {first.device} with {first_name}")
-    if same_dtype and tensor.dtype != first.dtype:
+    if not same_dtype:
+        check_dtype(name, tensor.dtype)
+    elif tensor.dtype != first.dtype:
         raise ValueError(f"{name} has dtype {tensor.dtype}: must be that of {first_name}, {first.dtype}")
-    check_dtype(name, tensor.dtype)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, first: Tensor) -> int:
@@ -77,10 +78,18 @@ def check_per_sample(
         )
     _check_place(name, number_B, first)
     if can_read_values(number_B):
-        for sample, number in enumerate(number_B.tolist()):
-            if not math.isfinite(number) or number < minimum:
-                bound = "finite" if minimum == -math.inf else f"finite and at least {minimum:g}"
-                raise ValueError(f"{name}[{sample}] is {number:g}: must be {bound}")
+        numbers = number_B.tolist()
+        # A sum of float32 numbers, taken in float64, is finite if and only if they all are.
+        is_below = minimum > -math.inf and min(numbers, default=minimum) < minimum
+        if is_below or not math.isfinite(sum(numbers)):
+            _refuse_number(name, numbers, minimum)
+
+
+def _refuse_number(name: str, numbers: list[float], minimum: float) -> None:
+    for sample, number in enumerate(numbers):
+        if not math.isfinite(number) or number < minimum:
+            bound = "finite" if minimum == -math.inf else f"finite and at least {minimum:g}"
+            raise ValueError(f"{name}[{sample}] is {number:g}: must be {bound}")
 
 
 def check_integers(

@@ -58,12 +58,14 @@ def find_obstacle(path: str, tensors: list[Tensor], has_backward: bool) -> str |
     obstacle = _OBSTACLES[path]()
     if obstacle:
         return obstacle
+    needs_backward = not has_backward and torch.is_grad_enabled()
     for tensor in tensors:
-        if (misplaced := _find_misplaced(path, tensor)) is not None:
+        is_placed = tensor.is_cpu if path == "cpp" else tensor.is_cuda
+        if not is_placed and (misplaced := _find_misplaced(path, tensor)) is not None:
             return misplaced
         if tensor.dtype not in KERNEL_DTYPES:
             return f"it takes float32, bfloat16 and float16, not {tensor.dtype}"
-        if not has_backward and tensor.requires_grad and torch.is_grad_enabled():
+        if needs_backward and tensor.requires_grad:
             return "it has no gradient and a tensor requires one"
     return None
 

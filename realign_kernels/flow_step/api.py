@@ -48,6 +48,7 @@ def flow_step(
     Source: Flow-GRPO, arXiv 2505.05470, eq. 9, in the form the schedule gives it.
     """
     check_packed("velocity_LC", velocity_LC)
+    check_cu_seqlens(cu_seqlens, velocity_LC)
     check_step("velocity_LC", velocity_LC, sample_LC, cu_seqlens, coefficients, noise, logprob)
     tensors = (sample_LC, velocity_LC, noise if isinstance(noise, Tensor) else None)
     path = choose_impl("flow_step", impl, tensors, {"cpp": False, "triton": False})
@@ -71,9 +72,9 @@ def check_step(
     noise: Noise,
     logprob: LogProbCoefficients | None,
 ) -> None:
-    """Raise ValueError for step arguments that do not fit a checked velocity."""
+    """Raise ValueError for step arguments that do not fit a checked velocity and its offsets."""
     check_like("sample_LC", sample_LC, velocity_name, velocity_LC, same_dtype=False)
-    num_samples = check_cu_seqlens(cu_seqlens, sample_LC)
+    num_samples = cu_seqlens.shape[0] - 1
     check_coefficients(coefficients, num_samples, sample_LC)
     if (coefficients.std_B is None) != (noise is None):
         names = ("coefficients.std_B", "noise")

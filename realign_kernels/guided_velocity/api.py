@@ -136,7 +136,8 @@ def encode_renorm(guidance: Guidance, cu_seqlens: Tensor) -> Guidance:
 
 def name_fields(fields: Velocities) -> dict[str, Tensor | None]:
     """The velocities as the compiled ops call them."""
-    return dict(zip(("cond", "text_uncond", "image_uncond"), fields, strict=True))
+    cond_LC, text_LC, image_LC = fields
+    return {"cond": cond_LC, "text_uncond": text_LC, "image_uncond": image_LC}
 
 
 def name_guidance(guidance: Guidance, cu_seqlens: Tensor) -> dict[str, Tensor | int | None]:

@@ -190,6 +190,7 @@ def sde_logprob_backward_triton(
         *_make_contiguous((*inputs, *grads)),
         grad_LC,
         num_samples,
+        num_warps=8,  # with 4 the compiler spills at some odd widths
         **constants,
         REDUCE_SUM=reduce_sum,
     )
