@@ -7,6 +7,7 @@
 #include "flow_bindings.h"
 #include "group_advantage.h"
 #include "numbers.h"
+#include "model_bindings.h"
 
 namespace py = pybind11;
 
@@ -20,13 +21,6 @@ void def_address(py::class_<Params>& params, const char* name, Member member) {
       [member](Params& self, uintptr_t address) {
         self.*member = reinterpret_cast<std::decay_t<decltype(self.*member)>>(address);
       });
-}
-
-template <typename Params, typename Member>
-void def_dtype(py::class_<Params>& params, const char* name, Member member) {
-  params.def_property(
-      name, [member](const Params& self) { return int(self.*member); },
-      [member](Params& self, int code) { self.*member = realign::Dtype(code); });
 }
 
 void bind_clip_preprocess(py::module_& m) {
@@ -79,4 +73,5 @@ PYBIND11_MODULE(_C, m) {
   realign::bind_flow_ops(m);
   bind_clip_preprocess(m);
   bind_group_advantage(m);
+  realign::bind_model_ops(m);
 }

@@ -4,7 +4,6 @@
 every op's formula and use.
 """
 
-from realign_kernels.apply_rope.api import apply_rope
 from realign_kernels.arguments import Guidance, LogProbCoefficients, NoiseKeys, RatioBias, StepCoefficients
 from realign_kernels.clip_preprocess.api import clip_preprocess
 from realign_kernels.clip_score.api import clip_score
@@ -15,8 +14,10 @@ from realign_kernels.grpo_loss.api import grpo_loss
 from realign_kernels.grpo_loss.reference import GrpoMetrics, RatioGuard, VelocityKL
 from realign_kernels.guided_flow_step.api import guided_flow_step
 from realign_kernels.guided_velocity.api import guided_velocity
+from realign_kernels.mot_norm.api import mot_norm
+from realign_kernels.mot_rope.api import mot_rope
+from realign_kernels.mot_rope.arguments import KeyCache, QKNorm, RopeTable
 from realign_kernels.philox_normal.api import philox_normal
-from realign_kernels.rms_norm.api import rms_norm
 from realign_kernels.sde_logprob.api import sde_logprob
 from realign_kernels.swiglu.api import swiglu
 
@@ -25,23 +26,25 @@ __all__ = [
     "GroupAdvantages",
     "GrpoMetrics",
     "Guidance",
+    "KeyCache",
     "LogProbCoefficients",
     "NoiseKeys",
+    "QKNorm",
     "RatioBias",
     "RatioGuard",
+    "RopeTable",
     "StepCoefficients",
     "VelocityKL",
-    "apply_rope",
+    "clip_preprocess",
+    "clip_score",
     "flow_step",
     "group_advantage",
     "grpo_loss",
     "guided_flow_step",
     "guided_velocity",
+    "mot_norm",
+    "mot_rope",
     "philox_normal",
-    "clip_preprocess",
-    "clip_score",
-    "clip_preprocess",
-    "rms_norm",
     "sde_logprob",
     "swiglu",
 ]

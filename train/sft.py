@@ -27,7 +27,7 @@ from torch import Tensor
 
 from realign.data.packing import Packer
 from realign.model.bagel import Bagel
-from realign.model.mot import Expert
+from realign.model.mot import MoTLayer
 from realign.model.training import PackedBatch, packed_losses
 from train.state import (
     append_row,
@@ -74,8 +74,8 @@ class Recipe:
     """A run, whole. `start` is the checkpoint folder to begin from (configs and tokenizer, with or without
     weights).
 
-    `precision` 'bfloat16' is autocast: weights, moments and the average stay float32. `compile` fuses what an
-    expert does before and after attention (torch.compile: some 20 s to begin with, then a fifth off every
+    `precision` 'bfloat16' is autocast: weights, moments and the average stay float32. `compile` fuses what a
+    layer does before and after attention (torch.compile: some 20 s to begin with, then a fifth off every
     step on a CPU).
     """
 
@@ -268,7 +268,7 @@ def run(recipe: Recipe, out: Path, ranks: Ranks) -> None:
     trainer = Trainer(model, recipe, ranks)
     trainer.restore(out)
     if recipe.compile:
-        compile_experts()
+        compile_layers()
     steps = recipe.optimization.steps
     with Log(out / "log.jsonl", steps, trainer.steps_done, is_shown=ranks.rank == 0) as log:
         while trainer.steps_done < steps:
@@ -284,10 +284,10 @@ def run(recipe: Recipe, out: Path, ranks: Ranks) -> None:
         trainer.export(out / "model")
 
 
-def compile_experts() -> None:
-    """Compiles the two halves of an expert, once for all layers, whatever the number of tokens."""
+def compile_layers() -> None:
+    """Compiles the two halves of a layer, once for all layers, whatever the number of tokens."""
     for half in ("project", "finish"):
-        setattr(Expert, half, torch.compile(getattr(Expert, half), dynamic=True))
+        setattr(MoTLayer, half, torch.compile(getattr(MoTLayer, half), dynamic=True))
 
 
 def build_pool(model: Bagel, recipe: Recipe, out: Path, ranks: Ranks) -> LatentPool:

@@ -1,181 +1,134 @@
 """The Qwen2 decoder with two experts per layer.
 
 Every projection, norm and MLP exists once for understanding (text and ViT tokens) and once for generation
-(VAE tokens); attention is common. The hidden states stay apart, one tensor per expert, through all layers;
-only queries, keys and values are put together in packed order for attention, which the caller gives (a KV
-cache in the runtime, a mask in training).
+(VAE tokens); attention is common. Through all layers the hidden states lie in one tensor in the order of the
+experts, understanding's tokens first: a projection works on its expert's part, a norm on all at once. Only
+queries, keys and values are put in packed order, for attention, which the caller gives (a KV cache in the
+runtime, a mask in training).
 
-Shapes: `L` packed tokens (in `parts`: the tokens of one expert), `E` width, `H` query heads, `K` KV heads,
-`D` head dim.
+Shapes: `L` tokens, `E` width, `H` query heads, `K` KV heads, `D` head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from realign.model.config import LLMConfig
 from realign.model.linear import RowLinear
-from realign_kernels import apply_rope, rms_norm, swiglu
+from realign.model.route import EXPERTS, Route
+from realign_kernels import QKNorm, RopeTable, mot_norm, mot_rope, swiglu
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-Parts = list[torch.Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class Route:
-    """Which packed tokens go to which expert.
+class NormWeight(nn.Module):
+    """The weight of an RMS norm; `mot_norm` and `mot_rope` take both experts' at once."""
 
-    Together the two indexes name each of 0..L-1 once; either may be empty, and then nothing is gathered.
-    """
-
-    und_index_L: torch.Tensor
-    gen_index_L: torch.Tensor
-
-    @classmethod
-    def from_mask(cls, is_gen_L: torch.Tensor) -> Route:
-        """From a boolean per token: true goes to the generation expert."""
-        return cls(torch.nonzero(~is_gen_L)[:, 0], torch.nonzero(is_gen_L)[:, 0])
-
-    @cached_property
-    def length(self) -> int:
-        return len(self.und_index_L) + len(self.gen_index_L)
-
-    @cached_property
-    def experts(self) -> tuple[str, ...]:
-        """The experts that have tokens: the order of `Parts`."""
-        return tuple(
-            name for name, index_L in (("und", self.und_index_L), ("gen", self.gen_index_L)) if len(index_L)
-        )
-
-    @cached_property
-    def inverse_L(self) -> torch.Tensor:
-        """Where each packed token lies in the two parts put after each other."""
-        return torch.argsort(torch.cat([self.und_index_L, self.gen_index_L]))
-
-    def split(self, packed_L: torch.Tensor) -> Parts:
-        """Packed tokens [L, ...] to one tensor per expert that has any."""
-        if len(self.experts) < 2:
-            return [packed_L] if self.experts else []
-        return list(_Split.apply(packed_L, self))
-
-    def join(self, parts: Parts) -> torch.Tensor:
-        """The reverse of `split`."""
-        return parts[0] if len(parts) == 1 else _Join.apply(*parts, self)
-
-
-class _Split(torch.autograd.Function):
-    """A permutation, so its gradient is the reverse one: no scatter-add, which is what autograd would do."""
-
-    @staticmethod
-    def forward(ctx: Any, packed_L: torch.Tensor, route: Route) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.route = route
-        return packed_L.index_select(0, route.und_index_L), packed_L.index_select(0, route.gen_index_L)
-
-    @staticmethod
-    def backward(ctx: Any, grad_und_L: torch.Tensor, grad_gen_L: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _Join.apply(grad_und_L, grad_gen_L, ctx.route), None
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, und_L: torch.Tensor, gen_L: torch.Tensor, route: Route) -> torch.Tensor:
-        ctx.route = route
-        return torch.cat([und_L, gen_L]).index_select(0, route.inverse_L)
-
-    @staticmethod
-    def backward(ctx: Any, grad_L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        return (*_Split.apply(grad_L, ctx.route), None)
-
-
-@dataclass(frozen=True, eq=False)
-class RopeTable:
-    """cos and sin of the tokens' angles, float32 [L, D], both halves alike."""
-
-    cos_LD: torch.Tensor
-    sin_LD: torch.Tensor
-
-    @classmethod
-    def build(cls, position_L: torch.Tensor, head_dim: int, theta: float) -> RopeTable:
-        """Angles `position * theta^(-2 i / D)` (arXiv 2104.09864), in float32 whatever the model's dtype."""
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_L.device) / head_dim
-        angle = position_L.float()[:, None] * (1.0 / theta**exponent)
-        angle_LD = torch.cat([angle, angle], dim=-1)
-        return cls(angle_LD.cos(), angle_LD.sin())
-
-    def turn(self, heads_LHD: torch.Tensor) -> torch.Tensor:
-        return apply_rope(heads_LHD, self.cos_LD, self.sin_LD)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden, self.weight, self.eps)
 
 
 class Expert(nn.Module):
-    """One expert's half of a layer: what happens to its tokens before and after the common attention."""
+    """One expert's half of a layer: its weights."""
 
     def __init__(self, config: LLMConfig) -> None:
         super().__init__()
-        width, head_dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
-        self.head_dim = head_dim
-        self.input_norm = RMSNorm(width, eps)
+        width, head_dim = config.hidden_size, config.head_dim
+        self.input_norm = NormWeight(width)
         self.q_proj = RowLinear(width, config.num_attention_heads * head_dim)
         self.k_proj = RowLinear(width, config.num_key_value_heads * head_dim)
         self.v_proj = RowLinear(width, config.num_key_value_heads * head_dim)
-        self.q_norm = RMSNorm(head_dim, eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(head_dim, eps) if config.qk_norm else nn.Identity()
+        self.q_norm = NormWeight(head_dim) if config.qk_norm else None
+        self.k_norm = NormWeight(head_dim) if config.qk_norm else None
         self.o_proj = RowLinear(config.num_attention_heads * head_dim, width, bias=False)
-        self.post_attention_norm = RMSNorm(width, eps)
+        self.post_attention_norm = NormWeight(width)
         self.gate_proj = RowLinear(width, config.intermediate_size, bias=False)
         self.up_proj = RowLinear(width, config.intermediate_size, bias=False)
         self.down_proj = RowLinear(config.intermediate_size, width, bias=False)
 
-    def project(
-        self, hidden_LE: torch.Tensor, rope: RopeTable
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query [L, H, D], key and value [L, K, D]; query and key normed per head and turned."""
-        normed_LE = self.input_norm(hidden_LE)
-        query, key, value = (
-            proj(normed_LE).unflatten(-1, (-1, self.head_dim))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return rope.turn(self.q_norm(query)), rope.turn(self.k_norm(key)), value
-
-    def finish(self, hidden_LE: torch.Tensor, attended_LHD: torch.Tensor) -> torch.Tensor:
-        """Output projection and MLP, each added to the residual stream."""
-        hidden_LE = hidden_LE + self.o_proj(attended_LHD.flatten(1))
-        normed_LE = self.post_attention_norm(hidden_LE)
-        return hidden_LE + self.down_proj(swiglu(self.gate_proj(normed_LE), self.up_proj(normed_LE)))
+    def mlp(self, normed_LE: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(swiglu(self.gate_proj(normed_LE), self.up_proj(normed_LE)))
 
 
 class MoTLayer(nn.Module):
-    """Mixture-of-Transformers (arXiv 2411.04996; BAGEL, arXiv 2505.14683)."""
+    """Mixture-of-Transformers (arXiv 2411.04996; BAGEL, arXiv 2505.14683).
+
+    Between layers go the residual stream and what is still to be added to it, which the next norm does.
+    """
 
     def __init__(self, config: LLMConfig) -> None:
         super().__init__()
+        self.head_dim, self.eps, self.has_qk_norm = config.head_dim, config.rms_norm_eps, config.qk_norm
         self.und = Expert(config)
         self.gen = Expert(config)
 
-    def forward(self, parts: Parts, ropes: list[RopeTable], route: Route, attend: Callable) -> Parts:
+    def forward(
+        self,
+        hidden_LE: torch.Tensor,
+        update_LE: torch.Tensor | None,
+        rope: RopeTable,
+        route: Route,
+        attend: Callable,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`attend(query_LHD, key_LKD, value_LKD) -> attended_LHD` sees all tokens in packed order."""
-        experts: Iterable[Expert] = [getattr(self, name) for name in route.experts]
-        projected = [e.project(part, rope) for e, part, rope in zip(experts, parts, ropes, strict=True)]
-        query_LHD, key_LKD, value_LKD = (
-            route.join(list(tensors)) for tensors in zip(*projected, strict=True)
+        hidden_LE, *heads = self.project(hidden_LE, update_LE, rope, route)
+        return self.finish(hidden_LE, attend(*heads), route)
+
+    def project(
+        self, hidden_LE: torch.Tensor, update_LE: torch.Tensor | None, rope: RopeTable, route: Route
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The residual stream; query [L, H, D], normed and turned, key and value [L, K, D], packed."""
+        weights = self._weights("input_norm", route)
+        hidden_LE, normed_LE = add_and_norm(hidden_LE, update_LE, weights, self.eps, route)
+        query, key, value = (
+            self._each(route, normed_LE, lambda expert, part_LE, name=name: getattr(expert, name)(part_LE))
+            for name in ("q_proj", "k_proj", "v_proj")
         )
-        attended = route.split(attend(query_LHD, key_LKD, value_LKD))
-        return [e.finish(part, out) for e, part, out in zip(experts, parts, attended, strict=True)]
+        query, key, value = (heads.unflatten(-1, (-1, self.head_dim)) for heads in (query, key, value))
+        norm = None
+        if self.has_qk_norm:
+            norm = QKNorm(self._weights("q_norm", route), self._weights("k_norm", route), self.eps)
+        query, key = mot_rope(query, key, rope, norm, route.expert_L, route.packed_index_L)
+        return hidden_LE, query, key, route.pack(value)
+
+    def finish(
+        self, hidden_LE: torch.Tensor, attended_LHD: torch.Tensor, route: Route
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output projection and MLP: the residual stream, and what is to be added to it."""
+        attended_LE = route.unpack(attended_LHD.flatten(1))
+        update_LE = self._each(route, attended_LE, lambda expert, part_LE: expert.o_proj(part_LE))
+        weights = self._weights("post_attention_norm", route)
+        hidden_LE, normed_LE = add_and_norm(hidden_LE, update_LE, weights, self.eps, route)
+        return hidden_LE, self._each(route, normed_LE, Expert.mlp)
+
+    def _each(
+        self, route: Route, tokens_LE: torch.Tensor, function: Callable[[Expert, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Each expert's function of its own tokens."""
+        pairs = zip(route.experts, route.split(tokens_LE), strict=True)
+        parts = [function(getattr(self, name), part_LE) for name, part_LE in pairs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _weights(self, norm: str, route: Route) -> list[torch.Tensor]:
+        return [getattr(getattr(self, name), norm).weight for name in route.experts]
+
+
+def add_and_norm(
+    hidden_LE: torch.Tensor,
+    update_LE: torch.Tensor | None,
+    weights: Sequence[torch.Tensor],
+    eps: float,
+    route: Route,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual stream with the update added, and its norm."""
+    if update_LE is None:
+        return hidden_LE, mot_norm(hidden_LE, weights, eps, route.expert_L)
+    normed_LE, hidden_LE = mot_norm(update_LE, weights, eps, route.expert_L, residual_LE=hidden_LE)
+    return hidden_LE, normed_LE
 
 
 class MixtureOfTransformers(nn.Module):
@@ -185,9 +138,7 @@ class MixtureOfTransformers(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(MoTLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.ModuleDict(
-            {name: RMSNorm(config.hidden_size, config.rms_norm_eps) for name in ("und", "gen")}
-        )
+        self.norm = nn.ModuleDict({name: NormWeight(config.hidden_size) for name in EXPERTS})
 
     def forward(
         self, hidden_LE: torch.Tensor, position_L: torch.Tensor, route: Route, attend: Attend
@@ -208,11 +159,12 @@ class MixtureOfTransformers(nn.Module):
             )
         if not route.length:
             return hidden_LE
-        ropes = [
-            RopeTable.build(part_L, self.config.head_dim, self.config.rope_theta)
-            for part_L in route.split(position_L)
-        ]
-        parts = route.split(hidden_LE)
+        rope = RopeTable.build(route.unpack(position_L), self.config.head_dim, self.config.rope_theta)
+        hidden_LE, update_LE = route.unpack(hidden_LE), None
         for index, layer in enumerate(self.layers):
-            parts = layer(parts, ropes, route, lambda q, k, v, index=index: attend(index, q, k, v))
-        return route.join([self.norm[name](part) for name, part in zip(route.experts, parts, strict=True)])
+            hidden_LE, update_LE = layer(
+                hidden_LE, update_LE, rope, route, lambda q, k, v, index=index: attend(index, q, k, v)
+            )
+        weights = [self.norm[name].weight for name in route.experts]
+        _, normed_LE = add_and_norm(hidden_LE, update_LE, weights, self.config.rms_norm_eps, route)
+        return route.pack(normed_LE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from realign.model.bagel import Bagel
-from realign.model.mot import MixtureOfTransformers, RopeTable, Route
+from realign.model.mot import MixtureOfTransformers, Route
+from realign_kernels import RopeTable
 
 from .helpers import relative_error
 
@@ -61,7 +61,7 @@ def test_golden_context_of_the_first_text(golden_model: Bagel, golden: dict, gol
 
 @pytest.mark.parametrize("expert", ["und", "gen"])
 def test_one_expert_alone_equals_the_general_path(decoder: MixtureOfTransformers, expert: str) -> None:
-    """With both experts alike, every route computes the same; with one alone nothing is gathered."""
+    """With both experts alike, every route computes the same."""
     decoder = copy.deepcopy(decoder)
     pairs = [(layer.und, layer.gen) for layer in decoder.layers] + [
         (decoder.norm["und"], decoder.norm["gen"])
@@ -112,43 +112,61 @@ def test_lengths_that_differ(decoder: MixtureOfTransformers) -> None:
         _run(decoder, torch.randn(4, 64), Route(torch.arange(3), EMPTY))
 
 
-def test_split_and_join_are_inverse_with_exact_gradients() -> None:
+def test_unpack_and_pack_are_inverse_with_exact_gradients() -> None:
     route = Route(torch.tensor([5, 0, 3]), torch.tensor([4, 1, 2]))  # in any order
+    assert (route.experts, route.sizes, route.length) == (("und", "gen"), [3, 3], 6)
+    assert route.expert_L.tolist() == [0, 0, 0, 1, 1, 1]
     packed = torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
-    parts = route.split(packed)
-    assert torch.equal(parts[0], packed[[5, 0, 3]])
-    assert torch.equal(parts[1], packed[[4, 1, 2]])
-    assert torch.equal(route.join(parts), packed)
+    tokens = route.unpack(packed)
+    assert torch.equal(tokens, packed[[5, 0, 3, 4, 1, 2]])
+    assert torch.equal(torch.cat(list(route.split(tokens))), tokens)
+    assert torch.equal(route.pack(tokens), packed)
 
     def through(packed: torch.Tensor) -> torch.Tensor:
-        und, gen = route.split(packed)
-        return route.join([und.sin(), gen.exp()])
+        und, gen = route.split(route.unpack(packed))
+        return route.pack(torch.cat([und.sin(), gen.exp()]))
 
     assert torch.autograd.gradcheck(through, packed)
     assert torch.autograd.gradgradcheck(through, packed)
-    (grad,) = torch.autograd.grad(route.split(packed)[1].sum(), packed)
+    (grad,) = torch.autograd.grad(route.split(route.unpack(packed))[1].sum(), packed)
     assert grad.flatten(1).sum(1).tolist() == [0, 6, 6, 0, 6, 0]
 
 
-def test_gradients_against_a_plain_gather(decoder: MixtureOfTransformers) -> None:
-    """The input's gradient through split and join, against indexing by autograd itself."""
-    hidden_LE, route = torch.randn(9, 64, requires_grad=True), _mixed_route(9)
-    layer, rope = decoder.layers[0], RopeTable.build(torch.arange(9), 16, 1e6)
+@pytest.mark.parametrize("expert", ["und", "gen"])
+def test_one_expert_moves_nothing(expert: str) -> None:
+    indexes = (torch.tensor([2, 0, 1]), EMPTY)
+    route = Route(*indexes if expert == "und" else indexes[::-1])
+    tokens = torch.randn(3, 4)
+    assert (route.experts, route.expert_L, route.packed_index_L) == ((expert,), None, None)
+    assert route.unpack(tokens) is tokens
+    assert route.pack(tokens) is tokens
+    assert route.split(tokens)[0] is tokens
 
-    def plain(hidden_LE: torch.Tensor, attend: Callable) -> torch.Tensor:
-        is_gen_L11 = torch.zeros(9).index_fill(0, route.gen_index_L, 1)[:, None, None].bool()
-        both = zip(layer.und.project(hidden_LE, rope), layer.gen.project(hidden_LE, rope), strict=True)
-        attended = attend(*(torch.where(is_gen_L11, gen, und) for und, gen in both))
-        return torch.where(
-            is_gen_L11[:, 0], layer.gen.finish(hidden_LE, attended), layer.und.finish(hidden_LE, attended)
-        )
+
+def test_gradients_against_a_plain_choice(decoder: MixtureOfTransformers) -> None:
+    """Both experts compute all tokens, and each token takes its own's: the same values and gradients."""
+    hidden_LE, route = torch.randn(9, 64, requires_grad=True), _mixed_route(9)
+    layer, position_L, everything = decoder.layers[0], torch.arange(9), torch.arange(9)
+    is_gen_L1 = torch.zeros(9, 1).index_fill(0, route.gen_index_L, 1).bool()
 
     def attend(*heads: torch.Tensor) -> torch.Tensor:
         return CausalAttention()(0, *heads)
 
-    ropes = [RopeTable.build(part, 16, 1e6) for part in route.split(torch.arange(9))]
-    ours = route.join(layer(route.split(hidden_LE), ropes, route, attend))
-    theirs = plain(hidden_LE, attend)
+    def plain(hidden_LE: torch.Tensor) -> torch.Tensor:
+        routes, rope = (
+            (Route(everything, EMPTY), Route(EMPTY, everything)),
+            RopeTable.build(position_L, 16, 1e6),
+        )
+        both = zip(*(layer.project(hidden_LE, None, rope, one) for one in routes), strict=True)
+        hidden_LE, *heads = (
+            torch.where(is_gen_L1.view(9, *(1,) * (und.dim() - 1)), gen, und) for und, gen in both
+        )
+        und, gen = (sum(layer.finish(hidden_LE, attend(*heads), one)) for one in routes)
+        return torch.where(is_gen_L1, gen, und)
+
+    rope = RopeTable.build(route.unpack(position_L), 16, 1e6)
+    ours = route.pack(sum(layer(route.unpack(hidden_LE), None, rope, route, attend)))
+    theirs = plain(hidden_LE)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     weight = torch.randn_like(ours)
     inputs = [hidden_LE, *layer.parameters()]
@@ -193,13 +211,3 @@ def test_bf16(decoder: MixtureOfTransformers, route: Route, autocast: bool) -> N
             low = _run(copy.deepcopy(decoder).bfloat16(), hidden_LE.bfloat16(), route)
             assert low.dtype == torch.bfloat16
     assert relative_error(low, expected) < 0.05
-
-
-def test_rope_angles_are_float32_whatever_the_model() -> None:
-    table = RopeTable.build(torch.tensor([0, 1, 31000]), 16, 1e6)
-    assert table.cos_LD.dtype == torch.float32
-    exponent = torch.arange(0, 16, 2, dtype=torch.float64) / 16
-    angle = torch.tensor([0, 1, 31000], dtype=torch.float64)[:, None] / 1e6**exponent
-    expected = torch.cat([angle, angle], dim=-1).cos()
-    assert (table.cos_LD - expected).abs().max() < 5e-3  # 31000 radians hold some 2e-3 in float32
-    assert torch.equal(table.cos_LD[0], torch.ones(16))
