@@ -75,9 +75,7 @@ class RunFolder:
         try:
             exists = self.path.exists()
         except OSError as error:  # a name that is too long, say
-            raise UsageError(
-                f"--out {self.path}: cannot be made ({error.strerror}); choose another"
-            ) from error
+            raise self._cannot_be_made(error) from error
         if exists and not self.path.is_dir():
             raise UsageError(f"--out {self.path}: is a file; name a folder")
         self._check_writable()
@@ -166,9 +164,10 @@ class RunFolder:
         try:
             (self.path / HIDDEN).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(
-                f"--out {self.path}: cannot be made ({error.strerror}); choose another"
-            ) from error
+            raise self._cannot_be_made(error) from error
+
+    def _cannot_be_made(self, error: OSError) -> UsageError:
+        return UsageError(f"--out {self.path}: cannot be made ({error.strerror}); choose another")
 
     def _check_writable(self) -> None:
         place = self.path
