@@ -35,16 +35,13 @@ def load_expert(p_expert, o_l, m_l):
 
 
 @triton.jit
-def pick_weight(p_und, p_gen, b_expert, o_e, m_e, dtype: tl.constexpr):
-    """Each row's weight, rounded to `dtype`. A weight that no row of the tile asks for is not read."""
-    has_und = tl.min(b_expert, axis=0) == 0
-    b_und = tl.load(p_und + o_e, mask=m_e & has_und, other=0.0).to(dtype).to(tl.float32)[None, :]
+def load_weight(p_und, p_gen, b_expert, o_e, mask, dtype: tl.constexpr):
+    """Each row's weight, rounded to `dtype`."""
     if p_gen is not None:
-        has_gen = tl.max(b_expert, axis=0) == 1
-        b_gen = tl.load(p_gen + o_e, mask=m_e & has_gen, other=0.0).to(dtype).to(tl.float32)[None, :]
-        return tl.where(b_expert[:, None] == 0, b_und, b_gen)
+        p_weight = tl.where(b_expert == 0, p_und, p_gen)[:, None] + o_e[None, :]
     else:
-        return b_und
+        p_weight = p_und + tl.zeros(b_expert.shape, tl.int32)[:, None] + o_e[None, :]
+    return tl.load(p_weight, mask=mask, other=0.0).to(dtype).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -76,7 +73,7 @@ def mot_norm_kernel(
         tl.store(p_total + offsets, b_x, mask=mask)
     b_scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(b_x * b_x, axis=1) * (1.0 / E) + eps))
     tl.store(p_scale + o_l, b_scale, mask=m_l)
-    b_weight = pick_weight(p_und, p_gen, load_expert(p_expert, o_l, m_l), o_e, m_e, dtype)
+    b_weight = load_weight(p_und, p_gen, load_expert(p_expert, o_l, m_l), o_e, mask, dtype)
     b_normed = (b_x * b_scale[:, None]).to(dtype).to(tl.float32)
     tl.store(p_normed + offsets, b_normed * b_weight, mask=mask)
 
@@ -109,7 +106,7 @@ def mot_norm_backward_kernel(
         offsets = o_l[:, None] * E + o_e[None, :]
         mask = m_l[:, None] & m_e[None, :]
         b_expert = load_expert(p_expert, o_l, m_l)
-        b_weight = pick_weight(p_und, p_gen, b_expert, o_e, m_e, p_x.dtype.element_ty)
+        b_weight = load_weight(p_und, p_gen, b_expert, o_e, mask, p_x.dtype.element_ty)
         b_scale = tl.load(p_scale + o_l, mask=m_l, other=0.0)[:, None]
         b_grad = load_wide(p_grad_normed, offsets, mask)
         b_normed = load_wide(p_x, offsets, mask) * b_scale
@@ -133,10 +130,10 @@ def mot_norm_backward_kernel(
 
 
 def tile_constants(width: int) -> dict[str, int]:
-    """Rows and padded width of a tile, and its warps: at least two wide loads of 16-bit numbers a thread."""
+    """Rows and padded width of a tile, and its warps: a wide load of 16-bit numbers a thread."""
     block = triton.next_power_of_2(max(width, 1))
     rows = max(1, TILE_NUMBERS // block)
-    return {"E": width, "BL": rows, "BE": block, "num_warps": min(max(rows * block // 512, 4), 32)}
+    return {"E": width, "BL": rows, "BE": block, "num_warps": min(max(rows * block // 256, 4), 32)}
 
 
 def rows_of_program(num_rows: int, tile_rows: int) -> int:
@@ -155,8 +152,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     normed, total, scale = results = ops.allocate(hidden, residual, und, gen, expert, eps)
     constants = tile_constants(hidden.shape[1])
-    given = (hidden, residual, und, gen, expert)
-    pointers = [None if tensor is None else tensor.contiguous() for tensor in given]
+    pointers = contiguous(hidden, residual, *in_one_dtype(und, gen), expert)
     outs = (normed, None if residual is None else total, scale)
     grid = (triton.cdiv(len(hidden), constants["BL"]),)
     launch(mot_norm_kernel, grid, *pointers, *outs, len(hidden), eps, **constants)
@@ -172,15 +168,29 @@ def _run_backward(
     gen: Tensor | None,
     expert: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    given = (grad_normed, grad_total, x, scale, und, gen, expert)
+    weights = in_one_dtype(und, gen)
+    given = (grad_normed, grad_total, x, scale, *weights, expert)
     grad_x, grad_weights_WE = ops.allocate_backward(*given)
     constants = tile_constants(x.shape[1])
     rows = rows_of_program(len(x), constants["BL"])
     partial_PWE = grad_weights_WE.new_empty(triton.cdiv(len(x), rows), *grad_weights_WE.shape)
-    pointers = [None if tensor is None else tensor.contiguous() for tensor in given]
+    pointers = contiguous(*given)
     sizes = (len(x), rows)
     launch(mot_norm_backward_kernel, (len(partial_PWE),), *pointers, grad_x, partial_PWE, *sizes, **constants)
     return grad_x, partial_PWE.sum(0)
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What is given of these, without holes."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def in_one_dtype(*weights: Tensor | None) -> list[Tensor | None]:
+    """A kernel chooses between the pointers of weights: their types must be one."""
+    dtypes = {weight.dtype for weight in weights if weight is not None}
+    if len(dtypes) < 2:
+        return list(weights)
+    return [None if weight is None else weight.float() for weight in weights]
 
 
 mot_norm_triton = ops.define("mot_norm_triton", _run, _run_backward)
