@@ -53,7 +53,7 @@ class Norm:
     def functions(self, device: torch.device) -> dict[str, Function]:
         """What is compared: (hidden, residual, *weights) to (normed, sum)."""
         functions: dict[str, Function] = {PLAIN: self.plain()}
-        for impl in list_impls(["triton"], device):
+        for impl in list_impls(["cpp", "triton"], device):
             functions[impl] = lambda hidden, residual, *weights, impl=impl: mot_norm(
                 hidden, weights, EPS, self.expert_L, residual, impl=impl
             )

@@ -57,7 +57,7 @@ class Heads:
     def functions(self, device: torch.device) -> dict[str, Function]:
         """What is compared: (query, key, *weights) to (query, key) in packed order."""
         functions: dict[str, Function] = {PLAIN: self.plain()}
-        for impl in list_impls(["triton"], device):
+        for impl in list_impls(["cpp", "triton"], device):
             functions[impl] = lambda query, key, *weights, impl=impl: mot_rope(
                 query,
                 key,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from realign_kernels.launch import launch
+from realign_kernels.mot_norm.triton import contiguous, in_one_dtype
 from realign_kernels.mot_rope import ops
 from realign_kernels.mot_rope.ops import Inputs
 
@@ -232,10 +233,14 @@ def tile_constants(query: Tensor, key: Tensor) -> dict[str, int]:
 
 def _launch(inputs: Inputs, slot: Tensor | None, outs: tuple[Tensor, Tensor], eps: float) -> None:
     constants = tile_constants(inputs.query, inputs.key)
-    pointers = contiguous(*inputs, slot)
+    pointers = contiguous(*_align(inputs), slot)
     numbers = (len(inputs.query), *outs[1].stride()[:2], eps)
     grid = (triton.cdiv(len(inputs.query), constants["BL"]),)
     launch(mot_rope_kernel, grid, *pointers, *outs, *numbers, **constants)
+
+
+def _align(inputs: Inputs) -> Inputs:
+    return Inputs(*inputs[:4], *in_one_dtype(*inputs[4:8]), *inputs[8:])
 
 
 def _run(inputs: Inputs, eps: float) -> tuple[Tensor, Tensor]:
@@ -256,15 +261,10 @@ def _run_backward(inputs: Inputs, grads: tuple[Tensor, Tensor], eps: float) -> t
     num_tiles = max(1, PROGRAM_TOKENS // constants["BL"])
     grid = (triton.cdiv(len(inputs.query), constants["BL"] * num_tiles),)
     partial = weights.new_empty(*grid, *weights.shape)
-    pointers, outs = contiguous(*grads, *inputs), (query, key, partial)
+    pointers, outs = contiguous(*grads, *_align(inputs)), (query, key, partial)
     numbers = (len(inputs.query), eps)
     launch(mot_rope_backward_kernel, grid, *pointers, *outs, *numbers, **constants, NT=num_tiles)
     return query, key, partial.sum(0)
-
-
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What is given of these, without holes."""
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 mot_rope_triton = ops.define("mot_rope_triton", _run, _run_backward)

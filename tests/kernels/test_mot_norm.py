@@ -179,6 +179,15 @@ def test_dtypes_may_differ(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_dtypes_of_the_weights_may_differ(impl):
+    case = NormCase.draw(9, 40).to(device_of(impl))
+    und, gen = case.weights
+    mixed = replace(case, weights=(und.bfloat16(), gen)).run(impl)
+    for ours, theirs in zip(mixed, case.run(impl), strict=True):
+        assert torch.equal(ours, theirs.to(ours.dtype))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_one_result_alone_may_have_a_gradient(impl):
     case = NormCase.draw(9, 40).to(device_of(impl))
     zeros = replace(case, grads=(torch.zeros_like(case.grads[0]), case.grads[1]))

@@ -270,6 +270,14 @@ def test_strides_do_not_matter(impl):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dtypes_of_the_weights_may_differ(impl):
+    case = HeadsCase.draw((6, 2, 2, 10)).to(device_of(impl))
+    mixed = replace(case, weights=(case.weights[0].bfloat16(), *case.weights[1:])).run(impl)
+    for ours, theirs in zip(mixed, case.run(impl), strict=True):
+        assert torch.equal(ours, theirs.to(ours.dtype))
+
+
 def test_angles_are_float32():
     table = RopeTable.build(torch.tensor([0, 1, 31000]), 16, 1e6)
     assert table.cos_LA.dtype == table.sin_LA.dtype == torch.float32
