@@ -89,9 +89,7 @@ def test_every_half_number(dtype, impl):
     gate = bits.view(dtype).to(device_of(impl))
     actual, expected = swiglu(gate, torch.ones_like(gate), impl=impl), F.silu(gate)
     assert torch.equal(actual.isnan(), expected.isnan())
-    torch.testing.assert_close(
-        actual, expected, rtol=torch.finfo(dtype).eps, atol=2e-36, equal_nan=True
-    )
+    torch.testing.assert_close(actual, expected, rtol=torch.finfo(dtype).eps, atol=2e-36, equal_nan=True)
     finite = actual.isfinite()
     up = torch.full_like(gate, 0.7)
     assert torch.equal(swiglu(gate, up, impl=impl)[finite], (actual * up)[finite])
