@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     names = [*BUILDERS, COMMAND]
     shown = " ".join(names)
     parser.add_argument("--workload", nargs="+", choices=names, default=names, metavar="W", help=shown)
+    parser.add_argument("--variant", help="of the workloads only the one called so, such as 'batch 8'")
     parser.add_argument("--model", choices=MODELS, default="mini")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="torch threads on a CPU (2)")
@@ -93,7 +94,8 @@ def measure_all(model: Bagel, options: argparse.Namespace) -> Iterator[Report]:
         if name == COMMAND:
             yield from measure_prompts(model, options)
             continue
-        for workload in build_workloads(model.config, name, options.max_samples):
+        workloads = build_workloads(model.config, name, options.max_samples)
+        for workload in [one for one in workloads if options.variant in (None, one.variant)]:
             print(f"{workload.name} {workload.variant}: {len(workload.requests)} images", flush=True)
             measured = measure_workload(model, workload, options.turns, options.baseline_samples)
             flops = count_requests(model, workload.requests, measured.engine.made)

@@ -75,6 +75,7 @@ def _name_reading(reader: Any, readings: Any) -> str:
 # Module, function or method, and the phase of a call with its positional arguments.
 ENGINE_PLACES = (
     ("realign.runtime.reader", "Reader.read", _name_reading),
+    ("realign.runtime.reader", "Reader.finish", _always("rereading")),
     ("realign.runtime.engine", "decode_text", _always("reasoning")),
     ("realign.runtime.engine", "denoise", _always("denoising")),
     ("realign.runtime.engine", "decode_pictures", _always("autoencoder")),

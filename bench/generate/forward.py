@@ -88,7 +88,8 @@ def run_decoder(
     for number, layer in enumerate(model.decoder.layers):
         norms = [_norm(expert.input_norm, config) for expert in (layer.und, layer.gen)]
         heads = _project(layer, _by_expert(layout, hidden_LE, *norms), layout, config)
-        query_LHD, key_LKD, value_LKD = turn(heads[0]), turn(heads[1]), heads[2]
+        query_LHD, key_LKD = (turn(part).to(hidden_LE.dtype) for part in heads[:2])
+        value_LKD = heads[2]
         key_SKD, value_SKD = _merge(cache, number, key_LKD, value_LKD, layout)
         if does_update:
             cache.keys[number], cache.values[number] = key_SKD, value_SKD
@@ -112,7 +113,7 @@ def _by_expert(layout: Layout, tokens_LE: Tensor, und: PerToken, gen: PerToken) 
 
 
 def _project(layer: nn.Module, normed_LE: Tensor, layout: Layout, config: LLMConfig) -> list[Tensor]:
-    """Query [L, H, D], key and value [L, K, D] in the model's dtype; the first two normed per head."""
+    """Query [L, H, D], key and value [L, K, D]; the first two normed per head."""
     if layout.latent_index_L is None:
         return [
             _norm_heads(layer.und, name, as_linear(getattr(layer.und, f"{name}_proj"))(normed_LE), config)
@@ -134,13 +135,13 @@ def _project(layer: nn.Module, normed_LE: Tensor, layout: Layout, config: LLMCon
 def _norm_routed_heads(
     layer: nn.Module, name: str, flat_LE: Tensor, layout: Layout, config: LLMConfig
 ) -> Tensor:
-    """`_norm_heads` of both experts' tokens; in float32 on the way, as the reference has it there."""
+    """`_norm_heads` of both experts' tokens; queries and keys stay in float32, as in the reference."""
     if name == "v" or not config.qk_norm:
         return _norm_heads(layer.und, name, flat_LE, config)
     heads = flat_LE.unflatten(-1, (-1, config.head_dim)).float()
     for index_L, expert in ((layout.text_index_L, layer.und), (layout.latent_index_L, layer.gen)):
         heads[index_L] = _norm(getattr(expert, f"{name}_norm"), config)(heads[index_L])
-    return heads.to(flat_LE.dtype)
+    return heads
 
 
 def _norm_heads(expert: nn.Module, name: str, flat_LE: Tensor, config: LLMConfig) -> Tensor:

@@ -74,9 +74,9 @@ class GenerateRow:
     commit: str
 
     @property
-    def key(self) -> tuple[str, str, str, str, str]:
+    def key(self) -> tuple[str, str, str, str, str, int]:
         """What a later row of the same takes the place of."""
-        return self.workload, self.variant, self.impl, self.model, self.machine
+        return self.workload, self.variant, self.impl, self.model, self.machine, self.threads
 
 
 def read_rows(path: Path) -> list[GenerateRow]:

@@ -158,6 +158,14 @@ def test_the_size_of_a_picture_is_the_engines(golden, baseline):
     assert relative_error(ours.latent_LC, made.trajectory.latent_LC) < TOLERANCE
 
 
+def test_bfloat16_is_near(mini: Bagel):
+    request = world_request("in_context", 1, num_timesteps=4)
+    exact = Baseline(mini).run(request)
+    narrow = Baseline(Bagel.from_pretrained("mini", dtype=torch.bfloat16)).run(request)
+    assert narrow.latent_LC.dtype == torch.float32
+    assert relative_error(narrow.latent_LC, exact.latent_LC) < 0.1
+
+
 @pytest.fixture(scope="module")
 def mini() -> Bagel:
     return Bagel.from_pretrained("mini")
