@@ -214,7 +214,8 @@ class _Batch:
             return settings.height, settings.width
         if not (request.prompt.pictures and config.size_follows_picture):
             return config.default_image_size
-        prepared = self.reader.prepare(request.prompt.pictures[-1])
+        last = [part for part in request.prompt.parts if isinstance(part, ImagePart)][-1]
+        prepared = self.reader.meet(last).prepared
         return prepared.height, prepared.width
 
     def _write(self, sessions: Sequence[_Session]) -> list[Written]:

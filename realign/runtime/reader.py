@@ -1,15 +1,18 @@
-"""Reads prompts into contexts, for a whole batch: what several readings have in common is done once.
+"""Reads prompts into contexts, for many requests at once.
 
-Parts become blocks (a text turn; a picture's latents, then its ViT features). Readings go on side by side, a
-block at a time: equal blocks after equal beginnings are one step of one packed forward, and their contexts
-are one object from then on. A group of samples of one prompt thus holds the prompt once.
+Readings are carried out block by block, the first blocks of all first. Those that have read the same so far,
+and read the same block next, are one step: steps are carried out in one packed forward, and their contexts
+are one object from then on. A group of samples of one prompt thus holds the prompt once. What was read is
+found again as long as somebody holds a context that goes on from it, and is freed with the last of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from hashlib import blake2b
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from PIL import Image
 
@@ -27,11 +30,13 @@ from realign.runtime.context import (
     split_text_block,
 )
 from realign.runtime.prepare import PreparedPicture
-from realign.runtime.request import Part, TextPart
+from realign.runtime.request import ImagePart, Part, TextPart
 from realign.runtime.text import Written
 
 # ("text", its ids), ("vae", digest of the picture) or ("vit", the same)
 BlockName = tuple[str, str | tuple[int, ...]]
+Step = tuple[Context, BlockName]
+TEXTS_KEPT = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +47,20 @@ class Reading:
     start: Context = field(default_factory=Context)
 
 
+@dataclass(frozen=True, eq=False)
+class MetPicture:
+    """A picture as the model sees it, and its blocks by kind once they are built."""
+
+    prepared: PreparedPicture
+    blocks: dict[str, Block] = field(default_factory=dict)
+
+
 class Reader:
-    """Reads for one run; keeps the blocks of every text and picture that it met.
+    """Reads for one run. Holds no picture and no context itself: what nobody else holds is forgotten.
 
     Args:
         prepare: how pictures are fitted to the model.
-        max_tokens: bound on the padded tokens of one forward.
+        max_tokens: bound on the padded tokens of one forward; may be set anew between calls.
     """
 
     def __init__(
@@ -55,19 +68,26 @@ class Reader:
     ) -> None:
         self.model, self.fit, self.max_tokens = model, prepare, max_tokens
         self.start = Context()
-        self.pictures: dict[str, PreparedPicture] = {}
-        self.texts: dict[str, list[BlockName]] = {}
-        self.blocks: dict[BlockName, Block] = {}
+        self.digests: WeakKeyDictionary[ImagePart, str] = WeakKeyDictionary()
+        self.pictures: WeakValueDictionary[str, MetPicture] = WeakValueDictionary()
+        self.reached: WeakValueDictionary[Step, Context] = WeakValueDictionary()
+        self.name_text = lru_cache(maxsize=TEXTS_KEPT)(self._name_text)
 
     def read(self, readings: Sequence[Reading]) -> list[Context]:
         """The context that each reading ends with."""
-        names = [[name for part in reading.parts for name in self._block_names(part)] for reading in readings]
-        self._build_blocks(dict.fromkeys(name for own in names for name in own))
-        contexts = [reading.start if reading.start.length else self.start for reading in readings]
+        met = {part: self.meet(part) for one in readings for part in one.parts if isinstance(part, ImagePart)}
+        starts = [reading.start if reading.start.length else self.start for reading in readings]
+        ways = [
+            self._find_reached(start, self.name_blocks(reading.parts))
+            for start, reading in zip(starts, readings, strict=True)
+        ]
+        contexts, names = [context for context, _ in ways], [rest for _, rest in ways]
+        self._build_blocks(list(dict.fromkeys(name for own in names for name in own)))
         for depth in range(max(map(len, names), default=0)):
             steps = {i: (contexts[i], own[depth]) for i, own in enumerate(names) if depth < len(own)}
             reached = self._extend(list(dict.fromkeys(steps.values())))
             contexts = [reached[steps[i]] if i in steps else context for i, context in enumerate(contexts)]
+        del met  # the blocks lived as long as it did
         return contexts
 
     def finish(self, starts: Sequence[Context], written: Sequence[Written]) -> list[Written]:
@@ -79,7 +99,6 @@ class Reader:
         tokenizer = self.model.tokenizer
         is_kept = [tuple(tokenizer.encode(one.turn.text)) == one.turn.ids for one in written]
         kept = [one for one, keep in zip(written, is_kept, strict=True) if keep]
-        self.blocks.update({("text", one.rest): TextBlock(one.rest) for one in kept})
         steps = [(one.context, ("text", one.rest)) for one in kept]
         reached = self._extend(steps)
         again = iter(
@@ -97,46 +116,67 @@ class Reader:
             replace(one, context=context, rest=()) for one, context in zip(written, contexts, strict=True)
         ]
 
-    def prepare(self, image: Image.Image) -> PreparedPicture:
-        """The picture as the model sees it; made once for all equal pictures."""
-        return self.pictures[self._meet(image)]
+    def meet(self, part: ImagePart) -> MetPicture:
+        """The picture as the model sees it; one for all equal pictures, as long as somebody holds it."""
+        digest = self._digest(part)
+        met = self.pictures.get(digest)
+        if met is None:
+            met = self.pictures[digest] = MetPicture(self.fit(part.image, self.model.config))
+        return met
 
-    def _extend(self, steps: Sequence[tuple[Context, BlockName]]) -> dict[tuple[Context, BlockName], Context]:
+    def name_blocks(self, parts: Sequence[Part]) -> list[BlockName]:
+        """What is read of the parts, in order; equal names are equal blocks."""
+        names: list[BlockName] = []
+        for part in parts:
+            if isinstance(part, TextPart):
+                names += self.name_text(part.text)
+            else:
+                names += [(kind, self._digest(part)) for kind in ("vae", "vit")]
+        return names
+
+    def _extend(self, steps: Sequence[Step]) -> dict[Step, Context]:
         """Extend each context by its block, in parts that fit the memory bound."""
-        lengths = [context.length + self.blocks[name].length for context, name in steps]
+        blocks = [self._find_block(name) for _, name in steps]
+        lengths = [step[0].length + block.length for step, block in zip(steps, blocks, strict=True)]
         reached = {}
         for pack in pack_rows(lengths, self.max_tokens):
-            contexts, names = zip(*(steps[row] for row in pack), strict=True)
-            extended = extend(self.model, contexts, [self.blocks[name] for name in names])
+            extended = extend(self.model, [steps[row][0] for row in pack], [blocks[row] for row in pack])
             reached.update(zip((steps[row] for row in pack), extended, strict=True))
+        self.reached.update(reached)
         return reached
 
-    def _block_names(self, part: Part) -> list[BlockName]:
-        if isinstance(part, TextPart):
-            return self._meet_text(part.text)
-        digest = self._meet(part.image)
-        return [("vae", digest), ("vit", digest)]
+    def _find_reached(self, context: Context, names: list[BlockName]) -> tuple[Context, list[BlockName]]:
+        """How far others have read the same already, and what is left."""
+        for number, name in enumerate(names):
+            further = self.reached.get((context, name))
+            if further is None:
+                return context, names[number:]
+            context = further
+        return context, []
 
-    def _meet_text(self, text: str) -> list[BlockName]:
-        """The names of a text's blocks, a long one's pieces in order; builds them if it is new."""
-        if text not in self.texts:
-            blocks = split_text_block(build_text_block(self.model, text))
-            self.texts[text] = [("text", block.ids) for block in blocks]
-            self.blocks.update(zip(self.texts[text], blocks, strict=True))
-        return self.texts[text]
+    def _name_text(self, text: str) -> list[BlockName]:
+        """The names of a text's blocks, a long one's pieces in order."""
+        return [("text", block.ids) for block in split_text_block(build_text_block(self.model, text))]
 
-    def _meet(self, image: Image.Image) -> str:
-        """A digest of the picture's content; prepares it if it is new."""
-        header = f"{image.mode} {image.size} {image.info.get('transparency')} {image.getpalette()}"
-        digest = blake2b(image.tobytes(), key=blake2b(header.encode()).digest()).hexdigest()
-        if digest not in self.pictures:
-            self.pictures[digest] = self.fit(image, self.model.config)
+    def _digest(self, part: ImagePart) -> str:
+        """A digest of the picture's content."""
+        digest = self.digests.get(part)
+        if digest is None:
+            image = part.image
+            header = f"{image.mode} {image.size} {image.info.get('transparency')} {image.getpalette()}"
+            digest = blake2b(image.tobytes(), key=blake2b(header.encode()).digest()).hexdigest()
+            self.digests[part] = digest
         return digest
 
-    def _build_blocks(self, names: Iterable[BlockName]) -> None:
-        """Encode every picture that was not met before, in batches."""
-        new = [name for name in names if name not in self.blocks]
+    def _find_block(self, name: BlockName) -> Block:
+        kind, what = name
+        return TextBlock(what) if kind == "text" else self.pictures[what].blocks[kind]
+
+    def _build_blocks(self, names: Sequence[BlockName]) -> None:
+        """Encode every picture whose block is not there yet, in batches."""
         for kind, build in (("vae", build_vae_blocks), ("vit", build_vit_blocks)):
-            own = [name for name in new if name[0] == kind]
-            pixels = [getattr(self.pictures[digest], f"{kind}_CHW") for _, digest in own]
-            self.blocks.update(zip(own, build(self.model, pixels), strict=True))
+            own = [self.pictures[digest] for name, digest in names if name == kind]
+            new = [met for met in own if kind not in met.blocks]
+            built = build(self.model, [getattr(met.prepared, f"{kind}_CHW") for met in new])
+            for met, block in zip(new, built, strict=True):
+                met.blocks[kind] = block

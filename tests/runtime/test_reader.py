@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
+from PIL import Image
 
 from realign.runtime.context import MAX_TEXT_TOKENS, Context, build_text_block, extend, split_text_block
 from realign.runtime.noise import NoiseKey
 from realign.runtime.prepare import crop_picture
 from realign.runtime.reader import Reader, Reading
-from realign.runtime.request import TextPart
+from realign.runtime.request import ImagePart, TextPart
 from realign.runtime.settings import TextSettings
 from realign.runtime.text import decode_text
 
@@ -69,3 +72,24 @@ def test_both_kinds_of_written_text_occur(model):
     written = decode_text(model, starts, [TextSettings(1 + row // 8, 2.0) for row in range(40)], keys)
     same = {tuple(model.tokenizer.encode(one.turn.text)) == one.turn.ids for one in written}
     assert same == {True, False}
+
+
+def test_what_was_read_is_found_as_long_as_it_is_held(model, monkeypatch):
+    """And then forgotten: contexts, pictures and their blocks."""
+    reader = Reader(model, crop_picture, max_tokens=100_000)
+    parts = (ImagePart(Image.new("RGB", (16, 24), "red")), TextPart("a mug"))
+    (short,) = reader.read([Reading(parts[:1])])
+    extended = []
+    monkeypatch.setattr(
+        "realign.runtime.reader.extend",
+        lambda model, contexts, blocks: extended.extend(blocks) or extend(model, contexts, blocks),
+    )
+    (long,) = reader.read([Reading(parts)])
+    assert long.segments[: len(short.segments)] == short.segments
+    assert [block.length for block in extended] == [build_text_block(model, "a mug").length]
+    assert reader.read([Reading(parts[:1]), Reading(parts)]) == [short, long]
+    assert len(extended) == 1
+    assert len(reader.reached) == 3
+    del short, long
+    gc.collect()
+    assert not (reader.reached or reader.pictures)
