@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,71 +13,11 @@ import torch
 from realign.model.bagel import Bagel
 from realign.reasoning.programs import PROGRAMS, describe_untrained
 from realign.runtime.engine import Engine
+from realign.runtime.options import GenerateOptions
 from realign.runtime.request import Prompt, Request, Sample
-from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
+from realign.runtime.settings import Settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """Options of `Generator.generate`, named as on the command line of `realign generate`.
-
-    `height`, `width` in pixels, None for the model's own rule; `steps` are timesteps (N - 1 denoising steps);
-    `temperature` 0 is greedy.
-    """
-
-    reasoning: str = "none"
-    height: int | None = None
-    width: int | None = None
-    steps: int = 50
-    timestep_shift: float = 3.0
-    text_guidance_scale: float = 4.0
-    image_guidance_scale: float = 2.0
-    guidance_interval: tuple[float, float] = (0.4, 1.0)
-    guidance_renorm: str = "global"
-    guidance_renorm_min: float = 0.0
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_reasoning_tokens: int = 512
-
-    def settings(self) -> Settings:
-        """As the runtime takes them. Raises: ValueError for a value that cannot be used."""
-        self._check_kinds()
-        if self.reasoning not in PROGRAMS:
-            raise ValueError(f"reasoning is {self.reasoning!r}: must be one of {', '.join(PROGRAMS)}")
-        guidance = GuidanceSettings(
-            self.text_guidance_scale,
-            self.image_guidance_scale,
-            tuple(self.guidance_interval),
-            self.guidance_renorm,
-            self.guidance_renorm_min,
-        )
-        text = TextSettings(self.max_reasoning_tokens, self.temperature, self.top_p)
-        return Settings(
-            self.height, self.width, self.reasoning, self.steps, self.timestep_shift, guidance, text
-        )
-
-    def _check_kinds(self) -> None:
-        """Every value is of its default's kind: text, a whole number, a number, or numbers."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.default is None:
-                continue
-            kind, what = _KINDS[type(field.default)]
-            numbers = value if kind is Sequence and isinstance(value, Sequence) else ()
-            if not isinstance(value, kind) or not all(isinstance(number, Real) for number in numbers):
-                raise ValueError(f"{field.name} is {value!r}: must be {what}")
-
-
-# By the type of an option's default; those without one are sizes.
-_KINDS = {
-    str: (str, "text"),
-    int: (Integral, "a whole number"),
-    float: (Real, "a number"),
-    tuple: (Sequence, "two numbers"),
-    type(None): (Integral, "a whole number"),
-}
 
 
 class Generator:
@@ -104,7 +43,7 @@ class Generator:
                 `Request`, which is made as it is.
             seed: with the number of the prompt and of its picture it decides the noise.
             batch_size: pictures at a time; it does not change them.
-            options: see `GenerateOptions`.
+            options: see `realign.runtime.options.GenerateOptions`.
 
         Returns: samples in the order of the prompts, a prompt's pictures together; each has `image`,
             `reasoning` (`caption`, `relations`, `text`, `error`; None where none was asked for) and

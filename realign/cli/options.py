@@ -10,29 +10,17 @@ from pathlib import Path
 from realign.cli.console import UsageError
 from realign.data.readers import MAX_SEED
 from realign.model.config import REASONING_MODES, RENORMS
+from realign.runtime.options import GenerateOptions
 
 DTYPES = ("float32", "bfloat16")
 PROMPT_FORMATS = ("auto", "txt", "jsonl", "geneval")
 
 
 @dataclass(frozen=True)
-class PictureOptions:
+class PictureOptions(GenerateOptions):
     """What decides the pictures, beside model, prompts and device; named as on the command line."""
 
-    reasoning: str = "none"
     num_images: int = 1
-    height: int | None = None
-    width: int | None = None
-    steps: int = 50
-    text_guidance_scale: float = 4.0
-    image_guidance_scale: float = 2.0
-    guidance_interval: tuple[float, float] = (0.4, 1.0)
-    guidance_renorm: str = "global"
-    guidance_renorm_min: float = 0.0
-    timestep_shift: float = 3.0
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_reasoning_tokens: int = 512
     seed: int = 0
 
     def check(self) -> None:

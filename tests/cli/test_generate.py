@@ -13,8 +13,9 @@ from PIL import Image
 
 import realign
 from realign.cli.generate import PreparedRun
-from realign.cli.options import PictureOptions
+from realign.cli.options import PICTURE_ARGUMENTS, PictureOptions
 from realign.cli.pngs import load_metadata
+from realign.runtime.options import GenerateOptions
 from tests.cli.support import CHECKPOINT, Workplace, list_files, read_pictures, read_records
 
 GENEVAL = [
@@ -142,10 +143,10 @@ def test_txt_and_python_make_the_same_pictures(place: Workplace) -> None:
         assert _difference(_encode(sample.image, place.folder), content) <= 1
 
 
-def test_the_options_are_those_of_python() -> None:
-    from realign.api import GenerateOptions
-
-    assert PictureOptions().of_request() == vars(GenerateOptions())
+def test_every_option_of_python_has_its_flag() -> None:
+    flags = {name for fields in PICTURE_ARGUMENTS.values() for name in fields}
+    assert flags == set(PictureOptions.__dataclass_fields__)
+    assert PictureOptions().of_request().keys() == GenerateOptions.__dataclass_fields__.keys()
 
 
 def test_a_mode_without_training_is_a_warning(place: Workplace) -> None:

@@ -1,0 +1,70 @@
+"""The options of a picture by the names that users give, for the command line and Python alike. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+
+from realign.model.config import REASONING_MODES
+from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What decides a picture beside prompt and seed, named as on the command line and in `Generator.generate`.
+
+    `height`, `width` in pixels, None for the model's own rule; `steps` are timesteps (N - 1 denoising steps);
+    `temperature` 0 is greedy.
+    """
+
+    reasoning: str = "none"
+    height: int | None = None
+    width: int | None = None
+    steps: int = 50
+    timestep_shift: float = 3.0
+    text_guidance_scale: float = 4.0
+    image_guidance_scale: float = 2.0
+    guidance_interval: tuple[float, float] = (0.4, 1.0)
+    guidance_renorm: str = "global"
+    guidance_renorm_min: float = 0.0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_reasoning_tokens: int = 512
+
+    def settings(self) -> Settings:
+        """As the runtime takes them. Raises: ValueError for a value that cannot be used."""
+        self._check_kinds()
+        if self.reasoning not in REASONING_MODES:
+            raise ValueError(f"reasoning is {self.reasoning!r}: must be one of {', '.join(REASONING_MODES)}")
+        guidance = GuidanceSettings(
+            self.text_guidance_scale,
+            self.image_guidance_scale,
+            tuple(self.guidance_interval),
+            self.guidance_renorm,
+            self.guidance_renorm_min,
+        )
+        text = TextSettings(self.max_reasoning_tokens, self.temperature, self.top_p)
+        size = (self.height, self.width)
+        return Settings(*size, self.reasoning, self.steps, self.timestep_shift, guidance, text)
+
+    def _check_kinds(self) -> None:
+        """Every value is of its default's kind: text, a whole number, a number, or numbers."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            kind, what = _KINDS[type(field.default)]
+            numbers = value if kind is Sequence and isinstance(value, Sequence) else ()
+            if not isinstance(value, kind) or not all(isinstance(number, Real) for number in numbers):
+                raise ValueError(f"{field.name} is {value!r}: must be {what}")
+
+
+# By the type of an option's default; those without one are sizes.
+_KINDS = {
+    str: (str, "text"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    tuple: (Sequence, "two numbers"),
+    type(None): (Integral, "a whole number"),
+}
