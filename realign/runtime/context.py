@@ -1,4 +1,4 @@
-"""What the model has read: keys and values of every layer, in shared segments, and the next rope position.
+"""Reading: what blocks are made of, and what they add to contexts.
 
 Reading adds one block at a time, to many contexts in one packed forward. A text block is bos + ids + eos at
 running positions, causal. A picture is two blocks, the autoencoder's latents and then the ViT's features,
@@ -20,40 +20,12 @@ from torch import Tensor
 from realign.model.bagel import Bagel, patchify_latent, patchify_pixels
 from realign.model.embeddings import flattened_position_ids
 from realign.model.mot import Route
-from realign.runtime.attention import PaddedAttention
+from realign.runtime.attention import Backend, ContextAttention
+from realign.runtime.kv import Context, Segment
 
 MAX_ENCODE_PIXELS = 2**21
 # Tokens of a text that are read at once: the mask of a forward is as large as this times the context.
 MAX_TEXT_TOKENS = 512
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """Keys and values of one block's tokens, all layers: [N, L, K, D] each, in the model's dtype."""
-
-    key_NLKD: Tensor
-    value_NLKD: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Context:
-    """Immutable: extending makes another context that shares these segments. `Context()` has read nothing."""
-
-    segments: tuple[Segment, ...] = ()
-    length: int = 0
-    next_position: int = 0
-
-    def key(self, layer: int) -> Tensor:
-        """[L, K, D]"""
-        return torch.cat([segment.key_NLKD[layer] for segment in self.segments])
-
-    def value(self, layer: int) -> Tensor:
-        """[L, K, D]"""
-        return torch.cat([segment.value_NLKD[layer] for segment in self.segments])
-
-    def extended(self, segment: Segment, num_positions: int) -> Context:
-        length = self.length + segment.key_NLKD.shape[1]
-        return Context((*self.segments, segment), length, self.next_position + num_positions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +144,9 @@ def vit_position_ids(model: Bagel, height: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def extend(model: Bagel, contexts: Sequence[Context], blocks: Sequence[Block]) -> list[Context]:
+def extend(
+    model: Bagel, contexts: Sequence[Context], blocks: Sequence[Block], backend: Backend | None = None
+) -> list[Context]:
     """Let each context read its block: one packed forward. Blocks of all kinds may be mixed."""
     if not blocks:
         return []
@@ -191,11 +165,11 @@ def extend(model: Bagel, contexts: Sequence[Context], blocks: Sequence[Block]) -
     )
     route = Route.from_mask(torch.cat([_is_gen(block) for block in blocks]).to(model.device))
     hidden_LE = torch.cat([block.embed(model) for block in blocks])
-    attention = PaddedAttention(model, contexts, lengths, [block.is_causal for block in blocks])
+    attention = ContextAttention(model, contexts, lengths, [block.is_causal for block in blocks], backend)
     recorder = _Recorder(attention, model, sum(lengths))
     model.decoder(hidden_LE, position_L.to(model.device), route, recorder)
     ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    segments = [Segment(recorder.key_NLKD[:, a:b], recorder.value_NLKD[:, a:b]) for a, b in pairwise(ends)]
+    segments = [recorder.segment(start, end) for start, end in pairwise(ends)]
     return [
         context.extended(segment, block.num_positions)
         for context, segment, block in zip(contexts, segments, blocks, strict=True)
@@ -216,6 +190,10 @@ class _Recorder:
     def __call__(self, layer: int, query_LHD: Tensor, key_LKD: Tensor, value_LKD: Tensor) -> Tensor:
         self.key_NLKD[layer], self.value_NLKD[layer] = key_LKD, value_LKD
         return self.attend(layer, query_LHD, key_LKD, value_LKD)
+
+    def segment(self, start: int, end: int) -> Segment:
+        """Some of the tokens, in memory of their own: it goes when they go."""
+        return Segment(self.key_NLKD[:, start:end].contiguous(), self.value_NLKD[:, start:end].contiguous())
 
 
 def _is_gen(block: Block) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor
 from realign.model.bagel import Bagel, unpatchify_latent
 from realign.model.config import BagelConfig
 from realign.runtime.attention import pack_rows
-from realign.runtime.context import Context, num_pictures_at_once
+from realign.runtime.context import num_pictures_at_once
 from realign.runtime.guidance import Branch
+from realign.runtime.kv import Context
 from realign.runtime.noise import NoiseKey
 from realign.runtime.prepare import PreparedPicture, fit_picture, to_picture
 from realign.runtime.reader import Reader, Reading

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from realign.runtime.context import Context
+from realign.runtime.kv import Context
 
 KINDS = ("conditional", "text", "image")
 

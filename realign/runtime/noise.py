@@ -82,10 +82,11 @@ def normals(
     return list(noise_LC.split(list(lengths)))
 
 
-def token_uniforms(keys: Sequence[NoiseKey], step: int) -> Tensor:
-    """The uniform of token `step` of each key's text: element 0 of that step. float32 [K]."""
+def token_uniforms(keys: Sequence[NoiseKey], count: int) -> Tensor:
+    """The uniforms of the first tokens of each key's text: element 0 of each step. float32 [K, count]."""
     key_K = stack_keys(keys).key_B
     key_K2 = torch.stack((key_K & MASK, (key_K >> 32) & MASK), dim=1)
-    counter_K4 = torch.zeros(len(keys), 4, dtype=torch.int64)
-    counter_K4[:, 1] = step
-    return (philox(counter_K4, key_K2)[:, 0] >> 8).to(torch.float32) * 2.0**-24
+    counter_N4 = torch.zeros(len(keys) * count, 4, dtype=torch.int64)
+    counter_N4[:, 1] = torch.arange(count).repeat(len(keys))
+    word_N = philox(counter_N4, key_K2.repeat_interleave(count, dim=0))[:, 0]
+    return ((word_N >> 8).to(torch.float32) * 2.0**-24).view(len(keys), count)

@@ -18,10 +18,9 @@ from PIL import Image
 
 from realign.model.bagel import Bagel
 from realign.model.config import BagelConfig
-from realign.runtime.attention import pack_rows
+from realign.runtime.attention import Backend, pack_rows
 from realign.runtime.context import (
     Block,
-    Context,
     TextBlock,
     build_text_block,
     build_vae_blocks,
@@ -29,13 +28,19 @@ from realign.runtime.context import (
     extend,
     split_text_block,
 )
+from realign.runtime.kv import Context, join_runs
 from realign.runtime.prepare import PreparedPicture
 from realign.runtime.request import ImagePart, Part, TextPart
 from realign.runtime.text import Written
 
+# The least tokens of a run, by the kind of device: fewer are cheaper to hold for each row than to attend to
+# apart.
+RUN_TOKENS = {"cpu": 512, "cuda": 256}
+
 # ("text", its ids), ("vae", digest of the picture) or ("vit", the same)
 BlockName = tuple[str, str | tuple[int, ...]]
 Step = tuple[Context, BlockName]
+Way = tuple[Context, tuple[BlockName, ...]]
 TEXTS_KEPT = 1024
 
 
@@ -61,34 +66,64 @@ class Reader:
     Args:
         prepare: how pictures are fitted to the model.
         max_tokens: bound on the padded tokens of one forward; may be set anew between calls.
+        backend: of attention.
+        run_tokens: the least tokens that are made a run, to be shared; by default `RUN_TOKENS`.
     """
 
     def __init__(
-        self, model: Bagel, prepare: Callable[[Image.Image, BagelConfig], PreparedPicture], max_tokens: int
+        self,
+        model: Bagel,
+        prepare: Callable[[Image.Image, BagelConfig], PreparedPicture],
+        max_tokens: int,
+        backend: Backend | None = None,
+        run_tokens: int | None = None,
     ) -> None:
-        self.model, self.fit, self.max_tokens = model, prepare, max_tokens
+        self.model, self.fit, self.max_tokens, self.backend = model, prepare, max_tokens, backend
+        self.run_tokens = RUN_TOKENS[model.device.type] if run_tokens is None else run_tokens
         self.start = Context()
         self.digests: WeakKeyDictionary[ImagePart, str] = WeakKeyDictionary()
         self.pictures: WeakValueDictionary[str, MetPicture] = WeakValueDictionary()
         self.reached: WeakValueDictionary[Step, Context] = WeakValueDictionary()
+        self.shared: WeakValueDictionary[Way, Context] = WeakValueDictionary()
         self.name_text = lru_cache(maxsize=TEXTS_KEPT)(self._name_text)
 
     def read(self, readings: Sequence[Reading]) -> list[Context]:
-        """The context that each reading ends with."""
+        """The context that each reading ends with.
+
+        All that it reads before a closing text becomes a run: what branches and samples of a prompt share.
+        """
         met = {part: self.meet(part) for one in readings for part in one.parts if isinstance(part, ImagePart)}
+        names = [tuple(self.name_blocks(reading.parts)) for reading in readings]
         starts = [reading.start if reading.start.length else self.start for reading in readings]
-        ways = [
-            self._find_reached(start, self.name_blocks(reading.parts))
-            for start, reading in zip(starts, readings, strict=True)
-        ]
-        contexts, names = [context for context, _ in ways], [rest for _, rest in ways]
+        numbers = [len(own) - (own[-1][0] == "text") if own else 0 for own in names]
+        ways = [(start, own[:n]) for start, own, n in zip(starts, names, numbers, strict=True)]
+        shared = self._read_shared(list(dict.fromkeys(ways)))
+        rests = [(shared[way], own[n:]) for way, own, n in zip(ways, names, numbers, strict=True)]
+        ends = self._read_ways(list(dict.fromkeys(rests)))
+        del met  # the blocks lived as long as it did
+        return [ends[rest] for rest in rests]
+
+    def _read_shared(self, ways: Sequence[Way]) -> dict[Way, Context]:
+        """Where each way ends, what was read on it made a run."""
+        found = {way: self.shared.get(way) for way in ways}
+        new = [way for way, context in found.items() if context is None]
+        ends = self._read_ways(new)
+        counts = [len(ends[way].tail) if way[1] else 0 for way in new]
+        joined = join_runs([ends[way] for way in new], counts, self.run_tokens)
+        found.update(zip(new, joined, strict=True))
+        self.shared.update(found)
+        return found
+
+    def _read_ways(self, ways: Sequence[Way]) -> dict[Way, Context]:
+        """Where each way ends: the first blocks of all are read first."""
+        places = [self._find_reached(*way) for way in ways]
+        contexts, names = [context for context, _ in places], [rest for _, rest in places]
         self._build_blocks(list(dict.fromkeys(name for own in names for name in own)))
         for depth in range(max(map(len, names), default=0)):
             steps = {i: (contexts[i], own[depth]) for i, own in enumerate(names) if depth < len(own)}
             reached = self._extend(list(dict.fromkeys(steps.values())))
             contexts = [reached[steps[i]] if i in steps else context for i, context in enumerate(contexts)]
-        del met  # the blocks lived as long as it did
-        return contexts
+        return dict(zip(ways, contexts, strict=True))
 
     def finish(self, starts: Sequence[Context], written: Sequence[Written]) -> list[Written]:
         """Let every text that was written be read to its end.
@@ -140,19 +175,20 @@ class Reader:
         lengths = [step[0].length + block.length for step, block in zip(steps, blocks, strict=True)]
         reached = {}
         for pack in pack_rows(lengths, self.max_tokens):
-            extended = extend(self.model, [steps[row][0] for row in pack], [blocks[row] for row in pack])
+            contexts, read = [steps[row][0] for row in pack], [blocks[row] for row in pack]
+            extended = extend(self.model, contexts, read, self.backend)
             reached.update(zip((steps[row] for row in pack), extended, strict=True))
         self.reached.update(reached)
         return reached
 
-    def _find_reached(self, context: Context, names: list[BlockName]) -> tuple[Context, list[BlockName]]:
+    def _find_reached(self, context: Context, names: Sequence[BlockName]) -> Way:
         """How far others have read the same already, and what is left."""
         for number, name in enumerate(names):
             further = self.reached.get((context, name))
             if further is None:
-                return context, names[number:]
+                return context, tuple(names[number:])
             context = further
-        return context, []
+        return context, ()
 
     def _name_text(self, text: str) -> list[BlockName]:
         """The names of a text's blocks, a long one's pieces in order."""

@@ -1,8 +1,8 @@
 """From noise to latents: every job's branches in one packed forward per step.
 
 Jobs of different prompts, sizes, schedules and guidance run together; a sample outside its guidance interval
-drops its extra branches, and one whose schedule has ended drops out. Contexts are padded when the set of
-running branches changes, not every step.
+drops its extra branches, and one whose schedule has ended drops out. Tokens and contexts are laid out when
+the set of running branches changes, not every step; a step waits for nothing on the host.
 
 J running jobs, L their latent tokens, C latent channels, R rows (one branch of one job each), E model width.
 """
@@ -12,19 +12,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from realign.model.bagel import Bagel
 from realign.model.mot import Route
-from realign.runtime.attention import PaddedAttention
+from realign.runtime.attention import Backend, ContextAttention, order_rows
 from realign.runtime.context import embed_markers, latent_position_ids
-from realign.runtime.guidance import Branch
+from realign.runtime.graphs import MAX_GRAPH_TOKENS, CapturedStep
+from realign.runtime.guidance import KINDS, Branch
 from realign.runtime.noise import NoiseKey, normals, stack_keys
-from realign.runtime.schedule import Schedule, stack_steps
+from realign.runtime.schedule import Schedule
 from realign.runtime.settings import GuidanceSettings
-from realign_kernels import Guidance, NoiseKeys, guided_flow_step
+from realign_kernels import Guidance, NoiseKeys, StepCoefficients, guided_flow_step
 from realign_kernels.arguments import RENORMS
 
 OnStep = Callable[[int, list[Tensor | None]], None]
@@ -67,18 +69,32 @@ class DenoiseJob:
         branch = self.find_branch(kind)
         return max(1.0, branch.scale) if branch is not None and self.is_guided[step] else 1.0
 
+    @cached_property
+    def numbers(self) -> list[tuple[float, ...]]:
+        """Of each step what it is computed from: see `_Numbers`."""
+        return [
+            (step.t, self.scale("text", index), self.scale("image", index), step.a, step.b, step.std)
+            for index, step in enumerate(self.schedule.steps)
+        ]
+
     def running_kinds(self, step: int) -> tuple[str, ...]:
         """The branches that a step needs."""
         return ("conditional", *(kind for kind in ("text", "image") if self.scale(kind, step) > 1))
 
 
 @torch.no_grad()
-def denoise(model: Bagel, jobs: Sequence[DenoiseJob], on_step: OnStep | None = None) -> list[Tensor]:
+def denoise(
+    model: Bagel,
+    jobs: Sequence[DenoiseJob],
+    on_step: OnStep | None = None,
+    backend: Backend | None = None,
+) -> list[Tensor]:
     """Run every job to its end.
 
     Args:
         on_step: called before the first step with step 0, and after step i with i + 1; gets the latents in
             the order of `jobs`, None for those that had ended before.
+        backend: of attention.
 
     Returns: for each job its final latents, float32 [tokens, C].
     """
@@ -89,14 +105,15 @@ def denoise(model: Bagel, jobs: Sequence[DenoiseJob], on_step: OnStep | None = N
     latents = build_noise(model, ordered)
     observe = _observer(on_step, order)
     observe(0, latents)
+    table = _stack_numbers(ordered, model.device)
     phase = None
     for step in range(ordered[0].schedule.num_steps):
         running = [job for job in ordered if step < job.schedule.num_steps]
-        kinds = [job.running_kinds(step) for job in running]
-        if phase is None or phase.kinds != kinds:
-            phase = None  # frees the padded contexts before the next ones are built
-            phase = _Phase(model, running, kinds)
-        latents[: len(running)] = phase.step(step, latents[: len(running)])
+        plan = _Plan.of(running, step)
+        if phase is None or phase.plan != plan:
+            phase = None  # frees what was laid out before the next is
+            phase = _Phase(model, running, plan, backend)
+        latents[: len(running)] = phase.step(step, table, latents[: len(running)])
         observe(step + 1, latents[: len(running)])
     return [latents[order.index(index)] for index in range(len(jobs))]
 
@@ -117,93 +134,137 @@ def num_latent_tokens(model: Bagel, height: int, width: int) -> int:
     return (height // stride) * (width // stride)
 
 
-class _Phase:
-    """Steps over which the same branches run: where every token goes, and the padded contexts."""
+NUM_NUMBERS = 6  # of `DenoiseJob.numbers`
 
-    def __init__(self, model: Bagel, jobs: Sequence[DenoiseJob], kinds: Sequence[tuple[str, ...]]) -> None:
-        self.model, self.jobs, self.kinds = model, jobs, kinds
+
+def _stack_numbers(jobs: Sequence[DenoiseJob], device: torch.device) -> Tensor:
+    """The numbers of all steps, float32 [steps, NUM_NUMBERS, J]; zeros for a job that has ended."""
+    numbers = torch.zeros(jobs[0].schedule.num_steps, NUM_NUMBERS, len(jobs))
+    for index, job in enumerate(jobs):
+        numbers[: len(job.numbers), :, index] = torch.tensor(job.numbers)
+    return numbers.to(device)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a step consists of: the branches of each job, and whether any job's step is noisy."""
+
+    kinds: tuple[tuple[str, ...], ...]
+    is_noisy: bool
+
+    @classmethod
+    def of(cls, jobs: Sequence[DenoiseJob], step: int) -> _Plan:
+        is_noisy = any(job.schedule.steps[step].std for job in jobs)
+        return cls(tuple(job.running_kinds(step) for job in jobs), is_noisy)
+
+
+class _Phase:
+    """Steps of one plan: every tensor that they read and write lies where it is."""
+
+    def __init__(
+        self, model: Bagel, jobs: Sequence[DenoiseJob], plan: _Plan, backend: Backend | None
+    ) -> None:
+        self.jobs, self.plan = jobs, plan
+        device = model.device
+        self.sizes = [num_latent_tokens(model, job.height, job.width) for job in jobs]
+        self.rows = _Rows(model, jobs, plan.kinds, backend)
+        self.cu_seqlens = torch.tensor([0, *accumulate(self.sizes)], dtype=torch.int32, device=device)
+        codes = [RENORMS.index(job.guidance.renorm) for job in jobs]
+        renorm = jobs[0].guidance.renorm if len(set(codes)) == 1 else torch.tensor(codes).int().to(device)
+        renorm_min_J = torch.tensor([job.guidance.renorm_min for job in jobs], dtype=torch.float32).to(device)
+        self.numbers_FJ = torch.empty(NUM_NUMBERS, len(jobs), device=device)
+        _, text_J, image_J, a_J, b_J, std_J = self.numbers_FJ
+        self.guidance = Guidance(text_J, image_J, renorm, renorm_min_J)
+        self.coefficients = StepCoefficients(a_J, b_J, std_J if plan.is_noisy else None)
+        self.noise = self._name_noise(device) if plan.is_noisy else None
+        self.sample_LC = torch.empty(sum(self.sizes), model.config.latent_dim, device=device)
+        self.run = CapturedStep(self._run, device, self.rows.num_tokens <= MAX_GRAPH_TOKENS)
+
+    def step(self, step: int, table: Tensor, latents: Sequence[Tensor]) -> list[Tensor]:
+        """One step of every job: three velocities, guidance, the sampler's update."""
+        torch.cat(list(latents), out=self.sample_LC)
+        self.numbers_FJ.copy_(table[step, :, : len(self.jobs)])
+        if self.noise is not None:
+            self.noise.step_B.fill_(step)
+        next_LC = self.run()
+        if self.run.is_captured:
+            next_LC = next_LC.clone()  # the next replay writes there again
+        return list(next_LC.split(self.sizes))
+
+    def _run(self) -> Tensor:
+        velocities = self.rows.velocities(self.sample_LC, self.numbers_FJ[0])
+        return guided_flow_step(
+            self.sample_LC, velocities, self.cu_seqlens, self.guidance, self.coefficients, self.noise
+        )
+
+    def _name_noise(self, device: torch.device) -> NoiseKeys:
+        return stack_keys([replace(job.key, stream="sde") for job in self.jobs], device)
+
+
+class _Rows:
+    """The branches that run, as rows of one packed forward: where every token goes.
+
+    A row is [start_of_image, latents, end_of_image], all at its context's next position. Rows that share what
+    they have read lie together.
+    """
+
+    def __init__(
+        self,
+        model: Bagel,
+        jobs: Sequence[DenoiseJob],
+        kinds: Sequence[tuple[str, ...]],
+        backend: Backend | None,
+    ) -> None:
+        self.model = model
         self.sizes = [num_latent_tokens(model, job.height, job.width) for job in jobs]
         self.start_1E, self.end_1E = embed_markers(model)
         self.place_L = torch.cat([latent_position_ids(model, job.height, job.width) for job in jobs])
-        self._lay_out_rows()
-        offsets = [0, *torch.tensor(self.sizes).cumsum(0).tolist()]
-        self.cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=model.device)
-        modes = {job.guidance.renorm for job in jobs}
-        codes = [RENORMS.index(job.guidance.renorm) for job in jobs]
-        self.renorm = modes.pop() if len(modes) == 1 else torch.tensor(codes).int().to(model.device)
-        self.renorm_min_J = self._per_job([job.guidance.renorm_min for job in jobs])
+        self.has_one_time = len({job.schedule.times for job in jobs}) == 1
+        job_index = [torch.full((size,), number) for number, size in enumerate(self.sizes)]
+        self.job_L = torch.cat(job_index).to(model.device)
+        rows = [(number, kind) for number, own in enumerate(kinds) for kind in own]
+        contexts = [jobs[number].find_branch(kind).context for number, kind in rows]
+        lengths = [self.sizes[number] + 2 for number, _ in rows]
+        order = order_rows(contexts, lengths)
+        rows, contexts, lengths = ([values[i] for i in order] for values in (rows, contexts, lengths))
+        self.num_tokens = sum(lengths)
+        self._lay_out(rows, [context.next_position for context in contexts])
+        self.attention = ContextAttention(model, contexts, lengths, [False] * len(lengths), backend)
 
-    def step(self, step: int, latents: Sequence[Tensor]) -> list[Tensor]:
-        """One step of every job: three velocities, guidance, the sampler's update."""
-        sample_LC = torch.cat(list(latents))
-        numbers = [job.schedule.steps[step] for job in self.jobs]
-        velocities = self._velocities(sample_LC, [number.t for number in numbers])
-        guidance = Guidance(
-            self._per_job([job.scale("text", step) for job in self.jobs]),
-            self._per_job([job.scale("image", step) for job in self.jobs]),
-            self.renorm,
-            self.renorm_min_J,
-        )
-        noise = self._noise_keys(step)
-        coefficients = stack_steps(numbers, self.model.device)
-        next_LC = guided_flow_step(sample_LC, velocities, self.cu_seqlens, guidance, coefficients, noise)
-        return list(next_LC.split(self.sizes))
-
-    def _velocities(self, sample_LC: Tensor, times: Sequence[float]) -> list[Tensor | None]:
+    def velocities(self, sample_LC: Tensor, time_J: Tensor) -> list[Tensor | None]:
         """Conditional, text- and image-unconditional velocities [L, C]; None for a kind that no job runs.
 
         Jobs that do not run a kind have their conditional velocity there, which guidance does not read.
         """
-        embedded_LE = self.model.embed_latent(sample_LC, self._token_times(times), self.place_L)
+        time_L = time_J[:1] if self.has_one_time else time_J[self.job_L]
+        embedded_LE = self.model.embed_latent(sample_LC, time_L, self.place_L)
         source = torch.cat((self.start_1E, self.end_1E, embedded_LE.to(self.start_1E.dtype)))
         hidden = self.model.decoder(source[self.source_index], self.position, self.route, self.attention)
         velocity = self.model.velocity(hidden[self.route.gen_index_L])
         return [None if index_L is None else velocity[index_L] for index_L in self.velocity_index]
 
-    def _token_times(self, times: Sequence[float]) -> Tensor:
-        """One time for all, or one per token."""
-        if len(set(times)) == 1:
-            return self._per_job(times[:1])
-        repeats_J = torch.tensor(self.sizes, device=self.model.device)
-        return self._per_job(times).repeat_interleave(repeats_J)
-
-    def _noise_keys(self, step: int) -> NoiseKeys | None:
-        """The noise of a stochastic step, by name; None where the step is deterministic for all."""
-        if not any(job.schedule.steps[step].std for job in self.jobs):
-            return None
-        keys = [replace(job.key, stream="sde", step=step) for job in self.jobs]
-        return stack_keys(keys, self.model.device)
-
-    def _per_job(self, numbers: Sequence[float]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.float32, device=self.model.device)
-
-    def _lay_out_rows(self) -> None:
-        """Rows in the order of jobs: [start_of_image, latents, end_of_image], all at the next position."""
-        device = self.model.device
-        sources, positions, contexts, lengths = [], [], [], []
+    def _lay_out(self, rows: Sequence[tuple[int, str]], next_positions: Sequence[int]) -> None:
+        starts = [2, *(2 + end for end in accumulate(self.sizes))]
+        sources, positions = [], []
         found: dict[tuple[int, str], Tensor] = {}
-        num_latents, start = 0, 2
-        for number, (job, kinds, size) in enumerate(zip(self.jobs, self.kinds, self.sizes, strict=True)):
-            for kind in kinds:
-                context = job.find_branch(kind).context
-                sources.append(torch.tensor([0, *range(start, start + size), 1]))
-                positions.append(torch.full((size + 2,), context.next_position))
-                contexts.append(context)
-                lengths.append(size + 2)
-                found[number, kind] = torch.arange(num_latents, num_latents + size)
-                num_latents += size
-            start += size
-        self.source_index = torch.cat(sources).to(device)
-        self.position = torch.cat(positions).to(device)
+        num_latents = 0
+        for (number, kind), position in zip(rows, next_positions, strict=True):
+            size = self.sizes[number]
+            sources.append(torch.tensor([0, *range(starts[number], starts[number] + size), 1]))
+            positions.append(torch.full((size + 2,), position))
+            found[number, kind] = torch.arange(num_latents, num_latents + size)
+            num_latents += size
+        self.source_index = torch.cat(sources).to(self.model.device)
+        self.position = torch.cat(positions).to(self.model.device)
         self.route = Route.from_mask(self.source_index >= 2)
-        self.attention = PaddedAttention(self.model, contexts, lengths, [False] * len(lengths))
-        self.velocity_index = [self._velocity_index(found, kind) for kind in ("conditional", "text", "image")]
+        self.velocity_index = [self._find_velocity(found, kind) for kind in KINDS]
 
-    def _velocity_index(self, found: dict[tuple[int, str], Tensor], kind: str) -> Tensor | None:
+    def _find_velocity(self, found: dict[tuple[int, str], Tensor], kind: str) -> Tensor | None:
         """Where the velocity of each of the L tokens lies among all rows' latent tokens."""
-        if not any(kind in kinds for kinds in self.kinds):
+        if not any(own == kind for _, own in found):
             return None
-        parts = [found.get((number, kind), found[number, "conditional"]) for number in range(len(self.jobs))]
+        jobs = range(len(self.sizes))
+        parts = [found.get((number, kind), found[number, "conditional"]) for number in jobs]
         return torch.cat(parts).to(self.model.device)
 
 

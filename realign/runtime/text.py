@@ -1,11 +1,12 @@
 """Writes text, for many contexts at once: greedy, or sampled with temperature and top-p.
 
 Every sample has its own settings and its own noise stream, one uniform number a token, so what it writes does
-not depend on the others. R rows still writing, V vocabulary.
+not depend on the others. Rows that end make room for those that wait. R rows writing, V vocabulary, T tokens.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,14 +14,17 @@ import torch
 from torch import Tensor
 
 from realign.model.bagel import Bagel
-from realign.model.mot import Route
-from realign.runtime.attention import group_rows, grouped_attention, pad_contexts, padded_length
-from realign.runtime.context import Context, Segment
+from realign.runtime.attention import Backend
+from realign.runtime.decoder import MIN_ROOM, TextDecoder
+from realign.runtime.graphs import CapturedStep
+from realign.runtime.kv import Context, Segment
 from realign.runtime.noise import NoiseKey, token_uniforms
 from realign.runtime.request import TextTurn
 from realign.runtime.settings import TextSettings
 
-MIN_ROOM = 64
+# Steps between two looks at what was written: a look waits for the device. What a row writes after its end,
+# until then, is forgotten.
+STEPS_AT_ONCE = {"cpu": 1, "cuda": 8}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,138 +43,34 @@ class Written:
 
 @torch.no_grad()
 def decode_text(
-    model: Bagel, contexts: Sequence[Context], settings: Sequence[TextSettings], keys: Sequence[NoiseKey]
+    model: Bagel,
+    contexts: Sequence[Context],
+    settings: Sequence[TextSettings],
+    keys: Sequence[NoiseKey],
+    max_tokens: int | None = None,
+    backend: Backend | None = None,
 ) -> list[Written]:
-    """Let the model write a turn after each context: from bos to eos, or to `max_tokens`.
+    """Let the model write a turn after each context: from bos to eos, or to its settings' `max_tokens`.
 
     Args:
         contexts, settings: one for each text.
         keys: noise keys of stream "text"; token i uses step i.
+        max_tokens: bound on the tokens whose keys and values are held for all rows that write at a time,
+            beside the runs that they share; others wait for their places.
+        backend: of attention to runs.
     """
     rows = [_Row(*given) for given in zip(contexts, settings, keys, strict=True)]
-    for group in group_rows([padded_length(context.length) for context in contexts]):
-        _write(model, [rows[row] for row in group])
+    if rows:
+        _Writer(model, rows, max_tokens, backend).run()
     return [row.finish(model) for row in rows]
 
 
-def _write(model: Bagel, rows: Sequence[_Row]) -> None:
-    """Fills the rows; their contexts are padded to one length."""
-    writing, decoder = list(rows), TextDecoder(model, [row.context for row in rows])
-    token_R = torch.full((len(rows),), model.tokenizer.bos)
-    while writing:
-        token_R = choose_tokens(decoder.step(token_R), *_sampling_numbers(writing))
-        for row, token in zip(writing, token_R.tolist(), strict=True):
-            row.take(token, model.tokenizer.eos)
-        if sum(row.is_done for row in writing) > len(writing) // 4 or all(row.is_done for row in writing):
-            for index, row in enumerate(writing):
-                if row.is_done:
-                    row.segment = decoder.segment(index, row.num_read)
-            keep = [index for index, row in enumerate(writing) if not row.is_done]
-            writing, token_R = [writing[index] for index in keep], token_R[keep]
-            decoder.keep(keep)
+def slot_size(context: Context, settings: TextSettings) -> int:
+    """Tokens that a row holds for itself at most: its tail, and all that it may write, and read too far."""
+    return context.tail_length + max(MIN_ROOM, settings.max_tokens + max(STEPS_AT_ONCE.values()))
 
 
-class TextDecoder:
-    """Reads one token a row and step, and scores the next; keys and values grow in place.
-
-    Contexts are padded once; new tokens go to a common column behind the longest padding.
-    """
-
-    def __init__(self, model: Bagel, contexts: Sequence[Context]) -> None:
-        self.model = model
-        self.num_used = self.num_past = max(padded_length(context.length) for context in contexts)
-        self.key_NRKSD, self.value_NRKSD = pad_contexts(model, contexts, MIN_ROOM)
-        past_R1 = torch.tensor([context.length for context in contexts])[:, None]
-        is_padding = (torch.arange(self.key_NRKSD.shape[3]) >= past_R1) & (
-            torch.arange(self.key_NRKSD.shape[3]) < self.num_used
-        )
-        mask = torch.zeros(is_padding.shape).masked_fill_(is_padding, float("-inf"))[:, None, None, :]
-        self.mask_R11S = mask.to(model.device, model.dtype)
-        self.position_R = torch.tensor([context.next_position for context in contexts], device=model.device)
-
-    @torch.no_grad()
-    def step(self, token_R: Tensor) -> Tensor:
-        """Tokens int64 [R] to the scores of what follows them, float32 [R, V]."""
-        self._make_room()
-        self.num_used += 1
-        everywhere = torch.arange(len(token_R), device=self.model.device)
-        hidden_RE = self.model.decoder(
-            self.model.embed_text(token_R.to(self.model.device)),
-            self.position_R,
-            Route(everywhere, everywhere[:0]),
-            self._attend,
-        )
-        self.position_R = self.position_R + 1
-        return self.model.logits(hidden_RE).float()
-
-    def segment(self, row: int, num_tokens: int) -> Segment:
-        """The first tokens that a row has read here."""
-        end = self.num_past + num_tokens
-        key_NLKD, value_NLKD = (
-            t[:, row, :, self.num_past : end].transpose(1, 2).contiguous()
-            for t in (self.key_NRKSD, self.value_NRKSD)
-        )
-        return Segment(key_NLKD, value_NLKD)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self.model.device)
-        self.key_NRKSD, self.value_NRKSD = (
-            t.index_select(1, index) for t in (self.key_NRKSD, self.value_NRKSD)
-        )
-        self.mask_R11S, self.position_R = self.mask_R11S[index], self.position_R[index]
-
-    def _attend(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor) -> Tensor:
-        key_RKSD, value_RKSD = (t[layer, :, :, : self.num_used] for t in (self.key_NRKSD, self.value_NRKSD))
-        key_RKSD[:, :, -1], value_RKSD[:, :, -1] = key_RKD, value_RKD
-        query_R1HD = query_RHD[:, None].to(key_RKSD.dtype)
-        return grouped_attention(query_R1HD, key_RKSD, value_RKSD, self.mask_R11S[..., : self.num_used])[:, 0]
-
-    def _make_room(self) -> None:
-        size = self.key_NRKSD.shape[3]
-        if self.num_used == size:
-            extra = max(MIN_ROOM, size // 4)
-            self.key_NRKSD, self.value_NRKSD = (
-                torch.nn.functional.pad(t, (0, 0, 0, extra)) for t in (self.key_NRKSD, self.value_NRKSD)
-            )
-            self.mask_R11S = torch.nn.functional.pad(self.mask_R11S, (0, extra))
-
-
-def choose_tokens(logits_RV: Tensor, temperature_R: Tensor, top_p_R: Tensor, uniform_R: Tensor) -> Tensor:
-    """The next token of each row, int64 [R], on the device of the scores (the other numbers are on the CPU).
-
-    Temperature 0 takes the largest score. Else the inverse of the cumulative distribution, tokens in the
-    order of their ids, at the row's uniform number; with top_p < 1 over the fewest tokens whose probabilities
-    reach it.
-    """
-    greedy_R = logits_RV.argmax(dim=-1)
-    rows = temperature_R.nonzero()[:, 0]
-    if not len(rows):
-        return greedy_R
-    device = logits_RV.device
-    temperature_R1, uniform_R1 = (t[rows, None].to(device, torch.float64) for t in (temperature_R, uniform_R))
-    weight_RV = torch.softmax(logits_RV[rows.to(device)].double() / temperature_R1, dim=-1)
-    weight_RV = _keep_likeliest(weight_RV, top_p_R[rows])
-    total_RV = weight_RV.cumsum(dim=-1)
-    # The first token whose cumulative weight exceeds the target: never one of weight 0.
-    chosen_R = torch.searchsorted(total_RV, uniform_R1 * total_RV[:, -1:], right=True)[:, 0]
-    return greedy_R.index_copy(0, rows.to(device), chosen_R)
-
-
-def _keep_likeliest(weight_RV: Tensor, top_p_R: Tensor) -> Tensor:
-    """Zero the tokens that top-p leaves out; rows with top_p 1 stay as they are."""
-    rows = (top_p_R < 1).nonzero()[:, 0]
-    if not len(rows):
-        return weight_RV
-    top_p_R1 = top_p_R[rows, None].to(weight_RV.device, torch.float64)
-    rows = rows.to(weight_RV.device)
-    sorted_RV, order_RV = weight_RV[rows].sort(dim=-1, descending=True, stable=True)
-    before_RV = sorted_RV.cumsum(dim=-1) - sorted_RV
-    sorted_RV = sorted_RV.masked_fill(before_RV >= top_p_R1, 0.0)
-    return weight_RV.index_copy(0, rows, torch.zeros_like(sorted_RV).scatter_(1, order_RV, sorted_RV))
-
-
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """A text in the making."""
 
@@ -208,12 +108,135 @@ class _Row:
         return Written(turn, context, tokens[self.num_read :])
 
 
-def _sampling_numbers(rows: Sequence[_Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """Temperature, top-p and the uniform of each row's next token."""
-    temperature_R = torch.tensor([row.settings.temperature for row in rows])
-    top_p_R = torch.tensor([row.settings.top_p for row in rows])
-    if not temperature_R.any():
-        return temperature_R, top_p_R, torch.zeros(len(rows))
-    # All rows that are still writing have written equally many tokens.
-    step = max(len(row.ids) for row in rows)
-    return temperature_R, top_p_R, token_uniforms([row.key for row in rows], step)
+class _Writer:
+    """Rows that write, in the slots of one decoder, and those that wait for one."""
+
+    def __init__(
+        self, model: Bagel, rows: Sequence[_Row], max_tokens: int | None, backend: Backend | None
+    ) -> None:
+        self.model, self.eos = model, model.tokenizer.eos
+        self.num_steps = STEPS_AT_ONCE[model.device.type]
+        size = max(slot_size(row.context, row.settings) for row in rows)
+        num_slots = len(rows) if max_tokens is None else max(1, max_tokens // size)
+        self.writing, self.waiting = list(rows[:num_slots]), deque(rows[num_slots:])
+        contexts = [row.context for row in self.writing]
+        room = size - max(context.tail_length for context in contexts)
+        self.decoder = TextDecoder(model, contexts, room, backend)
+        self.token_R = torch.full((len(contexts),), model.tokenizer.bos, device=model.device)
+        most = max(row.settings.max_tokens for row in rows)
+        self.choices = _Choices(self.writing, most + self.num_steps, model.device)
+        self.step = CapturedStep(self._step, model.device)
+
+    def run(self) -> None:
+        """Fills the rows."""
+        while self.writing:
+            for token_R in self._write_some():
+                for row, token in zip(self.writing, token_R, strict=True):
+                    row.take(token, self.eos)
+            ended = [index for index, row in enumerate(self.writing) if row.is_done]
+            for index in ended:
+                row = self.writing[index]
+                row.segment = row.segment or self.decoder.segment(index, row.num_read)
+            self._refill(ended)
+            if len(ended) > len(self.writing) // 4 and not self.waiting:
+                self._drop_ended()
+
+    def _write_some(self) -> list[list[int]]:
+        """The next tokens of all rows: [T][R]."""
+        return torch.stack([self.step().clone() for _ in range(self.num_steps)]).tolist()
+
+    def _step(self) -> Tensor:
+        """One token of every row, on the device."""
+        logits_RV = self.decoder.step(self.token_R)
+        self.token_R.copy_(self.choices.choose(logits_RV))
+        return self.token_R
+
+    def _refill(self, ended: Sequence[int]) -> None:
+        """Give the places of rows that have ended to rows that wait."""
+        fresh = list(ended[: len(self.waiting)])
+        for index in fresh:
+            self.writing[index] = self.waiting.popleft()
+            self.token_R[index] = self.model.tokenizer.bos
+        if fresh:
+            self.choices.put(fresh, [self.writing[index] for index in fresh])
+            if self.decoder.replace(fresh, [self.writing[index].context for index in fresh]):
+                self.step = CapturedStep(self._step, self.model.device)
+
+    def _drop_ended(self) -> None:
+        keep = [index for index, row in enumerate(self.writing) if not row.is_done]
+        self.writing = [self.writing[index] for index in keep]
+        if keep:
+            self.decoder.keep(keep)
+            self.choices.keep(keep)
+            self.token_R = self.token_R[keep]
+            self.step = CapturedStep(self._step, self.model.device)
+
+
+class _Choices:
+    """How each row chooses its tokens: its settings, and its uniform numbers."""
+
+    def __init__(self, rows: Sequence[_Row], num_tokens: int, device: torch.device) -> None:
+        self.num_tokens = num_tokens
+        self.is_greedy, self.has_top_p = True, False
+        self.temperature_R, self.top_p_R = (torch.ones(len(rows), device=device) for _ in range(2))
+        self.uniform_RT = torch.zeros(len(rows), num_tokens, device=device)
+        self.step_R = torch.zeros(len(rows), dtype=torch.int64, device=device)
+        self.put(range(len(rows)), rows)
+
+    def put(self, places: Sequence[int], rows: Sequence[_Row]) -> None:
+        """Let rows begin at these places."""
+        index = torch.tensor(places, device=self.step_R.device)
+        settings = [row.settings for row in rows]
+        self.step_R[index] = 0
+        for numbers_R, name in ((self.temperature_R, "temperature"), (self.top_p_R, "top_p")):
+            numbers_R[index] = torch.tensor([getattr(own, name) for own in settings]).to(numbers_R)
+        self.has_top_p |= any(own.top_p < 1 for own in settings)
+        if any(own.temperature > 0 for own in settings):
+            self.is_greedy = False
+            uniform_RT = token_uniforms([row.key for row in rows], self.num_tokens)
+            self.uniform_RT[index] = uniform_RT.to(index.device)
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Forget all rows but these."""
+        for name in ("temperature_R", "top_p_R", "uniform_RT", "step_R"):
+            setattr(self, name, getattr(self, name)[places])
+
+    def choose(self, logits_RV: Tensor) -> Tensor:
+        """The next token of each row."""
+        if self.is_greedy:
+            return logits_RV.argmax(dim=-1)
+        uniform_R = self.uniform_RT.gather(1, self.step_R[:, None])[:, 0]
+        self.step_R += 1
+        top_p_R = self.top_p_R if self.has_top_p else None
+        return choose_tokens(logits_RV, self.temperature_R, top_p_R, uniform_R)
+
+
+def choose_tokens(
+    logits_RV: Tensor, temperature_R: Tensor, top_p_R: Tensor | None, uniform_R: Tensor
+) -> Tensor:
+    """The next token of each row, int64 [R]; all on one device, and nothing waits for it.
+
+    Temperature 0 takes the largest score. Else the inverse of the cumulative distribution, tokens in the
+    order of their ids, at the row's uniform number; with top-p over the fewest tokens whose probabilities
+    reach it.
+    """
+    is_greedy_R = temperature_R == 0
+    temperature_R1 = temperature_R.masked_fill(is_greedy_R, 1.0).double()[:, None]
+    weight_RV = torch.softmax(logits_RV.double() / temperature_R1, dim=-1)
+    if top_p_R is not None:
+        weight_RV = _keep_likeliest(weight_RV, top_p_R)
+    total_RV = weight_RV.cumsum(dim=-1)
+    # The first token whose cumulative weight exceeds the target: never one of weight 0.
+    target_R1 = uniform_R.double()[:, None] * total_RV[:, -1:]
+    chosen_R = torch.searchsorted(total_RV, target_R1, right=True)[:, 0]
+    return torch.where(is_greedy_R, logits_RV.argmax(dim=-1), chosen_R)
+
+
+def _keep_likeliest(weight_RV: Tensor, top_p_R: Tensor) -> Tensor:
+    """Zero the tokens that top-p leaves out; rows with top_p 1 stay as they are."""
+    top_p_R1 = top_p_R.double()[:, None]
+    sorted_RV, order_RV = weight_RV.sort(dim=-1, descending=True, stable=True)
+    before_RV = sorted_RV.cumsum(dim=-1) - sorted_RV
+    is_out_RV = torch.zeros_like(before_RV, dtype=torch.bool)
+    is_out_RV.scatter_(1, order_RV, (before_RV >= top_p_R1) & (top_p_R1 < 1))
+    return weight_RV.masked_fill(is_out_RV, 0.0)

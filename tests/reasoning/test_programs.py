@@ -8,8 +8,9 @@ from PIL import Image
 
 from realign.reasoning.programs import PROGRAMS, describe_untrained
 from realign.reasoning.prompts import IC_COT, THINK
-from realign.runtime.context import Context, build_text_block, build_vae_blocks, build_vit_blocks, extend
+from realign.runtime.context import build_text_block, build_vae_blocks, build_vit_blocks, extend
 from realign.runtime.engine import Draw, Drawn, Engine, Read, Write
+from realign.runtime.kv import Context
 from realign.runtime.noise import NoiseKey
 from realign.runtime.prepare import crop_picture
 from realign.runtime.request import ImagePart, Prompt, Request, TextPart, TextTurn

@@ -64,9 +64,8 @@ def test_noise_is_the_same_in_any_company():
     sizes = [5, 0, 16, 1]
     for key, size, drawn in zip(keys, sizes, normals(keys, sizes), strict=True):
         assert torch.equal(drawn[:, 0], normal(key, (size,)))
-    for step in (0, 3):
-        alone = torch.cat([token_uniforms([key], step) for key in keys])
-        assert torch.equal(token_uniforms(keys, step), alone)
+    alone = torch.cat([token_uniforms([key], 5) for key in keys])
+    assert torch.equal(token_uniforms(keys, 3), alone[:, :3])
 
 
 def test_a_prefix_is_the_same_noise():
@@ -81,7 +80,7 @@ def test_moments_and_ranges():
     assert abs((draws**4).mean() - 3) < 5 * math.sqrt(96 / 400_000)
     assert abs((draws[:-1] * draws[1:]).mean()) < 5 / math.sqrt(400_000)
     keys = [NoiseKey(0, f"unit {number}", stream="text") for number in range(500)]
-    units = torch.cat([token_uniforms(keys, step) for step in range(200)])
+    units = token_uniforms(keys, 200)
     assert units.min() >= 0
     assert units.max() < 1
     assert abs(units.mean() - 0.5) < 0.005

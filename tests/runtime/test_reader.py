@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from realign.runtime.context import MAX_TEXT_TOKENS, Context, build_text_block, extend, split_text_block
+from realign.runtime.context import MAX_TEXT_TOKENS, build_text_block, extend, split_text_block
+from realign.runtime.kv import Context
 from realign.runtime.noise import NoiseKey
 from realign.runtime.prepare import crop_picture
 from realign.runtime.reader import Reader, Reading
@@ -39,7 +40,7 @@ def test_a_long_text_is_read_in_pieces(model):
     text = "put the mug next to the lamp " * 60
     block = build_text_block(model, text)
     assert block.length > MAX_TEXT_TOKENS
-    reader = Reader(model, crop_picture, max_tokens=100_000)
+    reader = Reader(model, crop_picture, max_tokens=100_000, run_tokens=10**9)
     twice, once = reader.read([Reading((TextPart(text), TextPart("a mug"))), Reading((TextPart(text),))])
     check_same(once, extend(model, [Context()], [block])[0])
     assert max(segment.key_NLKD.shape[1] for segment in twice.segments) <= MAX_TEXT_TOKENS
@@ -49,7 +50,7 @@ def test_a_long_text_is_read_in_pieces(model):
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 3.0])
 def test_a_written_text_is_the_text_read(model, temperature):
     """Texts that end, or are cut; those that encode to other tokens than were written are read anew."""
-    reader = Reader(model, crop_picture, max_tokens=100_000)
+    reader = Reader(model, crop_picture, max_tokens=100_000, run_tokens=10**9)
     starts = reader.read([Reading((TextPart("a lamp, " * (row % 3)),)) for row in range(12)])
     settings = [TextSettings(row + 1, temperature) for row in range(12)]
     keys = [NoiseKey(row, "text", stream="text") for row in range(12)]

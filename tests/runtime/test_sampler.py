@@ -127,7 +127,7 @@ def test_a_job_has_its_own_bits_on_a_cpu(model, jobs):
 @pytest.mark.parametrize("multiple", [1, 16, 512])
 def test_padding_moves_only_the_last_bits(model, jobs, monkeypatch, multiple):
     expected = denoise(model, jobs)
-    monkeypatch.setattr("realign.runtime.attention.PAST_MULTIPLE", multiple)
+    monkeypatch.setattr("realign.runtime.attention.rows.PAST_MULTIPLE", multiple)
     for ours, theirs in zip(denoise(model, jobs), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 

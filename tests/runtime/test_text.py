@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from realign.model.mot import Route
-from realign.runtime.context import Context, build_text_block, extend
+from realign.runtime.context import build_text_block, extend
+from realign.runtime.kv import Context
 from realign.runtime.noise import NoiseKey
 from realign.runtime.settings import TextSettings
 from realign.runtime.text import TextDecoder, choose_tokens, decode_text
