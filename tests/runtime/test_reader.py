@@ -83,7 +83,9 @@ def test_what_was_read_is_found_as_long_as_it_is_held(model, monkeypatch):
     extended = []
     monkeypatch.setattr(
         "realign.runtime.reader.extend",
-        lambda model, contexts, blocks: extended.extend(blocks) or extend(model, contexts, blocks),
+        lambda model, contexts, blocks, backend: (
+            extended.extend(blocks) or extend(model, contexts, blocks, backend)
+        ),
     )
     (long,) = reader.read([Reading(parts)])
     assert long.segments[: len(short.segments)] == short.segments
