@@ -177,12 +177,20 @@ def call_mot_norm() -> None:
 
 
 def call_mot_rope() -> None:
-    """Each dtype and number of heads with norms of two experts, and without, into a cache."""
+    """Fused projections of each dtype and number of heads, with two experts' norms; without, into a cache."""
     bagel, mini, odd = (28, 4, 128), (4, 2, 32), (3, 1, 6)
-    for dtype, heads in ((FLOAT, bagel), (HALF, bagel), (FLOAT, mini), (BF16, mini), (BF16, odd)):
+    for dtype, heads in (
+        (BF16, bagel),
+        (FLOAT, bagel),
+        (HALF, bagel),
+        (FLOAT, mini),
+        (BF16, mini),
+        (BF16, odd),
+    ):
         queries, keys, width = heads
         rope = RopeTable.build(torch.arange(TOKENS), width, 1e6)
-        fields = [torch.zeros(TOKENS, count, width, dtype=dtype) for count in (queries, keys)]
+        fused = torch.zeros(TOKENS, queries + 2 * keys, width, dtype=dtype)
+        fields = fused.split((queries, keys, keys), dim=1)[:2]
         cache = KeyCache(torch.zeros_like(fields[1]), torch.arange(TOKENS))
         mot_rope(*fields, rope, key_cache=cache, impl="triton")
 
@@ -191,13 +199,16 @@ def call_mot_rope() -> None:
             expert_L = torch.zeros(TOKENS, dtype=torch.int32)
             return mot_rope(query_LHD, key_LKD, rope, norm, expert_L, torch.arange(TOKENS), impl="triton")
 
-        go_back(run, *fields, *(torch.ones(width, dtype=dtype) for _ in range(4)))
+        go_back(
+            run, *(field.detach() for field in fields), *(torch.ones(width, dtype=dtype) for _ in range(4))
+        )
 
 
 def call_swiglu() -> None:
-    """Each dtype, and a size that nothing divides."""
+    """Each dtype, a size that nothing divides, and both halves in one tensor."""
     for dtype, width in ((FLOAT, 18944), (HALF, 18944), (BF16, ODD)):
         go_back(lambda gate, up: swiglu(gate, up, impl="triton"), *make_fields(2, dtype, width))
+    go_back(lambda halves: swiglu(halves, impl="triton"), *make_fields(1, BF16, 2 * 18944))
 
 
 def call_clip_score() -> None:

@@ -40,9 +40,17 @@ class ArgumentReader {
   ArgumentReader& add(const char* name, Number* Params::*member) {
     setters_[intern(name)] = [member](Params& params, py::handle argument, Tensors& tensors) {
       static PyObject* const contiguous = intern("contiguous");
-      static PyObject* const data_ptr = intern("data_ptr");
       tensors.push_back(call(argument, contiguous));
-      params.*member = reinterpret_cast<Number*>(PyLong_AsVoidPtr(call(tensors.back(), data_ptr).ptr()));
+      params.*member = address_of<Number>(tensors.back());
+    };
+    return *this;
+  }
+
+  // A tensor that is taken as it lies: its strides are parameters too.
+  template <typename Number>
+  ArgumentReader& add_strided(const char* name, Number* Params::*member) {
+    setters_[intern(name)] = [member](Params& params, py::handle argument, Tensors&) {
+      params.*member = address_of<Number>(argument);
     };
     return *this;
   }
@@ -71,6 +79,12 @@ class ArgumentReader {
     PyUnicode_InternInPlace(&unique);
     Py_DECREF(unique);
     return unique;
+  }
+
+  template <typename Number>
+  static Number* address_of(py::handle tensor) {
+    static PyObject* const data_ptr = intern("data_ptr");
+    return reinterpret_cast<Number*>(PyLong_AsVoidPtr(call(tensor, data_ptr).ptr()));
   }
 
   static py::object call(py::handle object, PyObject* method) {

@@ -83,30 +83,40 @@ const float* read(const void* array, Dtype dtype, int64_t first, int64_t count, 
 struct Side {
   int64_t num_heads;
   const void* heads;
+  int64_t stride;
   const float* und;
   const float* gen;
   const int64_t* row;  // of out, or in backward of grad
   void* out;
-  int64_t row_stride;
-  int64_t head_stride;
+  int64_t out_stride;
+  int64_t out_head_stride;
   const void* grad;
 };
 
 Side query_side(const MotRopeParams& params) {
   const int64_t heads = params.num_query_heads;
-  return {heads,      params.query, params.und_query, params.gen_query, params.index, params.query_out, heads * params.dim,
-          params.dim, params.grad_query};
+  return {heads,
+          params.query,
+          params.query_stride,
+          params.und_query,
+          params.gen_query,
+          params.index,
+          params.query_out,
+          heads * params.dim,
+          params.dim,
+          params.grad_query};
 }
 
 Side key_side(const MotRopeParams& params) {
   return {params.num_key_heads,
           params.key,
+          params.key_stride,
           params.und_key,
           params.gen_key,
           params.slot == nullptr ? params.index : params.slot,
           params.key_out,
-          params.key_row_stride,
-          params.key_head_stride,
+          params.key_out_stride,
+          params.key_out_head_stride,
           params.grad_key};
 }
 
@@ -116,12 +126,12 @@ const float* weight_of(const MotRopeParams& params, const Side& side, int64_t to
 
 void forward_token(const MotRopeParams& params, const Side& side, int64_t token, float* buffers) {
   const int64_t dim = params.dim, count = side.num_heads * dim;
-  const float* x = read(side.heads, params.dtype, token * count, count, buffers);
+  const float* x = read(side.heads, params.dtype, token * side.stride, count, buffers);
   const float* weight = weight_of(params, side, token);
   const float *cos = params.cos + token * dim / 2, *sin = params.sin + token * dim / 2;
   const int64_t row = side.row == nullptr ? token : side.row[token];
   for (int64_t head = 0; head < side.num_heads; ++head) {
-    void* out = numbers_at(side.out, params.dtype, row * side.row_stride + head * side.head_stride);
+    void* out = numbers_at(side.out, params.dtype, row * side.out_stride + head * side.out_head_stride);
     if (params.dtype == Dtype::float32) {
       turn(x + head * dim, weight, params.eps, cos, sin, static_cast<float*>(out), dim);
     } else {
@@ -135,7 +145,7 @@ void backward_token(const MotRopeParams& params, const Side& side, int64_t token
   const int64_t dim = params.dim, count = side.num_heads * dim;
   const bool is_float = params.dtype == Dtype::float32;
   const int64_t row = side.row == nullptr ? token : side.row[token];
-  const float* x = read(side.heads, params.dtype, token * count, count, buffers);
+  const float* x = read(side.heads, params.dtype, token * side.stride, count, buffers);
   const float* grad = read(side.grad, params.dtype, row * count, count, buffers + count);
   const float* weight = weight_of(params, side, token);
   const float *cos = params.cos + token * dim / 2, *sin = params.sin + token * dim / 2;

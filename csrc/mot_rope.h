@@ -8,14 +8,16 @@
 
 namespace realign {
 
-// Addresses of contiguous arrays: queries [num_tokens, num_query_heads, dim], keys alike, tables [num_tokens, dim / 2],
-// weights [dim].
+// Addresses of arrays: queries [num_tokens, num_query_heads, dim], keys alike, each with any stride between tokens;
+// tables [num_tokens, dim / 2] and weights [dim], dense.
 struct MotRopeParams {
   int64_t num_tokens = 0;
   int64_t dim = 0;
   int64_t num_query_heads = 0;
   int64_t num_key_heads = 0;
   int num_threads = 1;
+  int64_t query_stride = 0;
+  int64_t key_stride = 0;
   float eps = 0;
   Dtype dtype = Dtype::float32;
   const void* query = nullptr;
@@ -30,11 +32,11 @@ struct MotRopeParams {
   const int64_t* index = nullptr;    // [num_tokens], a token's row of the results; null: its own number
   const int64_t* slot = nullptr;     // the same of the keys; null: as the queries
 
-  // Backward: gradients of queries and keys, dense. Forward: the results, keys with any strides between rows and heads.
+  // Backward: gradients of queries and keys, dense. Forward: the results, keys with any strides between tokens and heads.
   void* query_out = nullptr;
   void* key_out = nullptr;
-  int64_t key_row_stride = 0;
-  int64_t key_head_stride = 0;
+  int64_t key_out_stride = 0;
+  int64_t key_out_head_stride = 0;
 
   // Backward: gradients of the results, dense; and of the weights [2, 1 or 2, dim], queries' first.
   const void* grad_query = nullptr;

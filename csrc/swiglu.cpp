@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "vector_widths.h"
 
@@ -61,14 +62,29 @@ inline float sigmoid_of(float x) {
   return (x < 0 ? e : 1.0f) / (1.0f + e);
 }
 
+// Where both passes read and write: the parameters with the halves found, and the stride of the gradients' rows.
+struct Rows : SwigluParams {
+  int64_t grads_stride;
+};
+
+// Numbers of one row, from a column on; `dense` is where they lie in the dense arrays.
+struct Run {
+  int64_t row, column, count, dense;
+};
+
+inline __attribute__((always_inline)) Run find_run(int64_t width, int64_t begin, int64_t end) {
+  const int64_t row = begin / width, column = begin - row * width;
+  return {row, column, std::min(end - begin, width - column), begin};
+}
+
 template <typename Storage>
-inline __attribute__((always_inline)) void forward_range(const SwigluParams& params, int64_t begin, int64_t end) {
+inline __attribute__((always_inline)) void forward_run(const Rows& rows, const Run& run) {
   using Number = typename Storage::Number;
-  const auto* gate = static_cast<const Number*>(params.gate);
-  const auto* up = static_cast<const Number*>(params.up);
-  auto* out = static_cast<Number*>(params.out);
+  const Number* gate = static_cast<const Number*>(rows.gate) + run.row * rows.gate_stride + run.column;
+  const Number* up = static_cast<const Number*>(rows.up) + run.row * rows.up_stride + run.column;
+  Number* out = static_cast<Number*>(rows.out) + run.dense;
 #pragma omp simd
-  for (int64_t i = begin; i < end; ++i) {
+  for (int64_t i = 0; i < run.count; ++i) {
     const float g = Storage::read(gate[i]);
     // The activation is rounded to the dtype before it weighs, as in the two steps of plain torch.
     const float silu = Storage::round(g * sigmoid_of(g));
@@ -77,15 +93,15 @@ inline __attribute__((always_inline)) void forward_range(const SwigluParams& par
 }
 
 template <typename Storage>
-inline __attribute__((always_inline)) void backward_range(const SwigluParams& params, int64_t begin, int64_t end) {
+inline __attribute__((always_inline)) void backward_run(const Rows& rows, const Run& run) {
   using Number = typename Storage::Number;
-  const auto* gate = static_cast<const Number*>(params.gate);
-  const auto* up = static_cast<const Number*>(params.up);
-  const auto* grad = static_cast<const Number*>(params.grad);
-  auto* grad_gate = static_cast<Number*>(params.grad_gate);
-  auto* grad_up = static_cast<Number*>(params.grad_up);
+  const Number* gate = static_cast<const Number*>(rows.gate) + run.row * rows.gate_stride + run.column;
+  const Number* up = static_cast<const Number*>(rows.up) + run.row * rows.up_stride + run.column;
+  const Number* grad = static_cast<const Number*>(rows.grad) + run.dense;
+  Number* grad_gate = static_cast<Number*>(rows.grad_gate) + run.row * rows.grads_stride + run.column;
+  Number* grad_up = static_cast<Number*>(rows.grad_up) + run.row * rows.grads_stride + run.column;
 #pragma omp simd
-  for (int64_t i = begin; i < end; ++i) {
+  for (int64_t i = 0; i < run.count; ++i) {
     const float g = Storage::read(gate[i]), d = Storage::read(grad[i]);
     const float sigmoid = sigmoid_of(g);
     grad_gate[i] = Storage::write(d * Storage::read(up[i]) * (sigmoid * (1.0f + g * (1.0f - sigmoid))));
@@ -93,37 +109,78 @@ inline __attribute__((always_inline)) void backward_range(const SwigluParams& pa
   }
 }
 
-REALIGN_VECTOR_WIDTHS
-void forward(const SwigluParams& params, int64_t begin, int64_t end) {
-  if (params.dtype == Dtype::float32) forward_range<Float32>(params, begin, end);
-  if (params.dtype == Dtype::bfloat16) forward_range<BFloat16>(params, begin, end);
-  if (params.dtype == Dtype::float16) forward_range<Float16>(params, begin, end);
+template <typename Storage>
+inline __attribute__((always_inline)) void forward_range(const Rows& rows, int64_t begin, int64_t end) {
+  for (Run run{0, 0, 0, begin}; run.dense < end; run.dense += run.count) {
+    run = find_run(rows.width, run.dense, end);
+    forward_run<Storage>(rows, run);
+  }
+}
+
+template <typename Storage>
+inline __attribute__((always_inline)) void backward_range(const Rows& rows, int64_t begin, int64_t end) {
+  for (Run run{0, 0, 0, begin}; run.dense < end; run.dense += run.count) {
+    run = find_run(rows.width, run.dense, end);
+    backward_run<Storage>(rows, run);
+  }
 }
 
 REALIGN_VECTOR_WIDTHS
-void backward(const SwigluParams& params, int64_t begin, int64_t end) {
-  if (params.dtype == Dtype::float32) backward_range<Float32>(params, begin, end);
-  if (params.dtype == Dtype::bfloat16) backward_range<BFloat16>(params, begin, end);
-  if (params.dtype == Dtype::float16) backward_range<Float16>(params, begin, end);
+void forward(const Rows& rows, int64_t begin, int64_t end) {
+  if (rows.dtype == Dtype::float32) forward_range<Float32>(rows, begin, end);
+  if (rows.dtype == Dtype::bfloat16) forward_range<BFloat16>(rows, begin, end);
+  if (rows.dtype == Dtype::float16) forward_range<Float16>(rows, begin, end);
+}
+
+REALIGN_VECTOR_WIDTHS
+void backward(const Rows& rows, int64_t begin, int64_t end) {
+  if (rows.dtype == Dtype::float32) backward_range<Float32>(rows, begin, end);
+  if (rows.dtype == Dtype::bfloat16) backward_range<BFloat16>(rows, begin, end);
+  if (rows.dtype == Dtype::float16) backward_range<Float16>(rows, begin, end);
+}
+
+template <typename Address>
+Address half_after(Address half, const SwigluParams& params) {
+  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Address>>, const char, char>;
+  return static_cast<Byte*>(half) + params.width * size_of(params.dtype);
+}
+
+Rows find_rows(const SwigluParams& params) {
+  Rows rows{params, params.width};
+  if (params.up == nullptr) {
+    rows.up = half_after(params.gate, params);
+    rows.up_stride = params.gate_stride;
+  }
+  if (params.grad_gate != nullptr && params.grad_up == nullptr) {
+    rows.grad_up = half_after(params.grad_gate, params);
+    rows.grads_stride = 2 * params.width;
+  }
+  // Rows that follow each other everywhere are one: a loop is then as long as it can be.
+  if (rows.gate_stride == rows.width && rows.up_stride == rows.width && rows.grads_stride == rows.width) {
+    rows.width *= rows.num_rows;
+    rows.num_rows = 1;
+  }
+  return rows;
 }
 
 // Equal parts of whole blocks for each thread.
 template <typename Range>
-void share(const SwigluParams& params, Range range) {
-  const int64_t num_threads = std::min<int64_t>(params.num_threads, 1 + params.count / kNumbersPerThread);
-  const int64_t num_blocks = (params.count + kBlock - 1) / kBlock;
+void share(const Rows& rows, Range range) {
+  const int64_t num_numbers = rows.num_rows * rows.width;
+  const int64_t num_threads = std::min<int64_t>(rows.num_threads, 1 + num_numbers / kNumbersPerThread);
+  const int64_t num_blocks = (num_numbers + kBlock - 1) / kBlock;
 #pragma omp parallel for schedule(static) num_threads(int(num_threads)) if (num_threads > 1)
   for (int64_t part = 0; part < num_threads; ++part) {
     const int64_t begin = num_blocks * part / num_threads * kBlock;
     const int64_t end = num_blocks * (part + 1) / num_threads * kBlock;
-    range(params, begin, std::min(end, params.count));
+    range(rows, begin, std::min(end, num_numbers));
   }
 }
 
 }  // namespace
 
-void swiglu(const SwigluParams& params) { share(params, forward); }
+void swiglu(const SwigluParams& params) { share(find_rows(params), forward); }
 
-void swiglu_backward(const SwigluParams& params) { share(params, backward); }
+void swiglu_backward(const SwigluParams& params) { share(find_rows(params), backward); }
 
 }  // namespace realign

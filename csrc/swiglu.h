@@ -7,10 +7,14 @@
 
 namespace realign {
 
-// Addresses of contiguous arrays of `count` numbers of one dtype. Forward writes out; backward reads grad (of out) and
-// writes grad_gate and grad_up.
+// Addresses of rows of `width` numbers of one dtype. Rows of gate and of up may have any stride; without `up` they are
+// the two halves of rows of 2 width numbers, at `gate`. Forward writes out; backward reads grad (of out) and writes
+// grad_gate and grad_up, or without the latter both into rows of 2 width numbers. All these are dense.
 struct SwigluParams {
-  int64_t count = 0;
+  int64_t num_rows = 0;
+  int64_t width = 0;
+  int64_t gate_stride = 0;
+  int64_t up_stride = 0;
   int num_threads = 1;
   Dtype dtype = Dtype::float32;
   const void* gate = nullptr;

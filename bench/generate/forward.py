@@ -10,8 +10,9 @@ L new tokens, C tokens of the context, E width, H query heads, K key-value heads
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from realign.model.bagel import Bagel
 from realign.model.config import LLMConfig
+from realign.model.linear import FusedLinear
 
 PerToken = Callable[[Tensor], Tensor]
 
@@ -115,18 +117,19 @@ def _by_expert(layout: Layout, tokens_LE: Tensor, und: PerToken, gen: PerToken) 
 def _project(layer: nn.Module, normed_LE: Tensor, layout: Layout, config: LLMConfig) -> list[Tensor]:
     """Query [L, H, D], key and value [L, K, D]; the first two normed per head."""
     if layout.latent_index_L is None:
+        projections = as_linears(layer.und.qkv_proj)
         return [
-            _norm_heads(layer.und, name, as_linear(getattr(layer.und, f"{name}_proj"))(normed_LE), config)
+            _norm_heads(layer.und, name, projections[f"{name}_proj"](normed_LE), config)
             for name in ("q", "k", "v")
         ]
     text_LE, latent_LE = normed_LE[layout.text_index_L], normed_LE[layout.latent_index_L]
+    und, gen = (as_linears(expert.qkv_proj) for expert in (layer.und, layer.gen))
     heads = []
     for name in ("q", "k", "v"):
-        und, gen = (getattr(expert, f"{name}_proj") for expert in (layer.und, layer.gen))
-        out = normed_LE.new_zeros(len(normed_LE), und.weight.shape[0])
+        out = normed_LE.new_zeros(len(normed_LE), layer.und.qkv_proj.sizes[f"{name}_proj"])
         out[layout.text_index_L], out[layout.latent_index_L] = (
-            as_linear(und)(text_LE),
-            as_linear(gen)(latent_LE),
+            und[f"{name}_proj"](text_LE),
+            gen[f"{name}_proj"](latent_LE),
         )
         heads.append(_norm_routed_heads(layer, name, out, layout, config))
     return heads
@@ -174,7 +177,8 @@ def _attend(query_LHD: Tensor, key_SKD: Tensor, value_SKD: Tensor, layout: Layou
 
 
 def _norm_and_mlp(expert: nn.Module, config: LLMConfig) -> PerToken:
-    gate, up, down = (as_linear(getattr(expert, f"{name}_proj")) for name in ("gate", "up", "down"))
+    halves, down = as_linears(expert.gate_up_proj), as_linear(expert.down_proj)
+    gate, up = halves["gate_proj"], halves["up_proj"]
     norm = _norm(expert.post_attention_norm, config)
 
     def run(hidden_LE: Tensor) -> Tensor:
@@ -187,6 +191,23 @@ def _norm_and_mlp(expert: nn.Module, config: LLMConfig) -> PerToken:
 def as_linear(module: nn.Module) -> PerToken:
     """The plain product with a module's weights."""
     return lambda tokens_LE: F.linear(tokens_LE, module.weight, module.bias)
+
+
+_PROJECTIONS: WeakKeyDictionary[FusedLinear, Mapping[str, PerToken]] = WeakKeyDictionary()
+
+
+def as_linears(module: FusedLinear) -> Mapping[str, PerToken]:
+    """`as_linear` of each projection on its own; their weights are cut out once, not in every forward."""
+    if module not in _PROJECTIONS:
+        parts = {name: (module.weight[own], _cut(module.bias, own)) for name, own in module.rows().items()}
+        _PROJECTIONS[module] = {
+            name: lambda tokens_LE, part=part: F.linear(tokens_LE, *part) for name, part in parts.items()
+        }
+    return _PROJECTIONS[module]
+
+
+def _cut(bias: Tensor | None, own: slice) -> Tensor | None:
+    return None if bias is None else bias[own]
 
 
 def _norm(module: nn.Module, config: LLMConfig) -> PerToken:

@@ -25,7 +25,7 @@ from realign.model.bagel import Bagel, patchify_latent
 from realign.model.config import ResizeRule
 from realign.model.embeddings import flattened_position_ids
 from realign.model.training import PackedBatch, PackedLosses, packed_losses
-from realign.model.weights import published_name
+from realign.model.weights import list_parts
 from realign.reasoning.programs import PROGRAMS, ReasoningProgram
 from realign.runtime.context import (
     Context,
@@ -293,10 +293,12 @@ class Golden:
     def _check_gradients(self, losses: PackedLosses) -> CaseResult:
         self.model.zero_grad()
         (losses.ce.mean() + losses.mse.mean()).backward()
+        named = self.model.named_parameters()
+        grads = {name: parameter.grad for name, parameter in named if parameter.grad is not None}
         norms = {
-            published_name(name): float(parameter.grad.float().norm())
-            for name, parameter in self.model.named_parameters()
-            if parameter.grad is not None
+            name: float(part.of(grads).float().norm())
+            for name, part in list_parts(self.model).items()
+            if part.parameter in grads
         }
         self.model.zero_grad()
         golden: dict[str, float] = self.cases["train"]["grad_norms"]

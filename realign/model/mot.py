@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from realign.model.config import LLMConfig
-from realign.model.linear import RowLinear
+from realign.model.linear import FusedLinear, RowLinear
 from realign.model.route import EXPERTS, Route
 from realign_kernels import QKNorm, RopeTable, mot_norm, mot_rope, swiglu
 
@@ -38,20 +38,21 @@ class Expert(nn.Module):
     def __init__(self, config: LLMConfig) -> None:
         super().__init__()
         width, head_dim = config.hidden_size, config.head_dim
+        query_size, key_size = (
+            heads * head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
         self.input_norm = NormWeight(width)
-        self.q_proj = RowLinear(width, config.num_attention_heads * head_dim)
-        self.k_proj = RowLinear(width, config.num_key_value_heads * head_dim)
-        self.v_proj = RowLinear(width, config.num_key_value_heads * head_dim)
+        self.qkv_proj = FusedLinear(width, {"q_proj": query_size, "k_proj": key_size, "v_proj": key_size})
         self.q_norm = NormWeight(head_dim) if config.qk_norm else None
         self.k_norm = NormWeight(head_dim) if config.qk_norm else None
-        self.o_proj = RowLinear(config.num_attention_heads * head_dim, width, bias=False)
+        self.o_proj = RowLinear(query_size, width, bias=False)
         self.post_attention_norm = NormWeight(width)
-        self.gate_proj = RowLinear(width, config.intermediate_size, bias=False)
-        self.up_proj = RowLinear(width, config.intermediate_size, bias=False)
+        halves = dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size)
+        self.gate_up_proj = FusedLinear(width, halves, bias=False)
         self.down_proj = RowLinear(config.intermediate_size, width, bias=False)
 
     def mlp(self, normed_LE: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(swiglu(self.gate_proj(normed_LE), self.up_proj(normed_LE)))
+        return self.down_proj(swiglu(self.gate_up_proj(normed_LE)))
 
 
 class MoTLayer(nn.Module):
@@ -63,6 +64,8 @@ class MoTLayer(nn.Module):
     def __init__(self, config: LLMConfig) -> None:
         super().__init__()
         self.head_dim, self.eps, self.has_qk_norm = config.head_dim, config.rms_norm_eps, config.qk_norm
+        key_heads = config.num_key_value_heads
+        self.num_heads = (config.num_attention_heads, key_heads, key_heads)  # of queries, keys, values
         self.und = Expert(config)
         self.gen = Expert(config)
 
@@ -81,14 +84,14 @@ class MoTLayer(nn.Module):
     def project(
         self, hidden_LE: torch.Tensor, update_LE: torch.Tensor | None, rope: RopeTable, route: Route
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The residual stream; query [L, H, D], normed and turned, key and value [L, K, D], packed."""
+        """The residual stream; query [L, H, D], normed and turned, key and value [L, K, D], packed.
+
+        Values may lie apart by more than a row of their own: with one expert they are where the product is.
+        """
         weights = self._weights("input_norm", route)
         hidden_LE, normed_LE = add_and_norm(hidden_LE, update_LE, weights, self.eps, route)
-        query, key, value = (
-            self._each(route, normed_LE, lambda expert, part_LE, name=name: getattr(expert, name)(part_LE))
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        query, key, value = (heads.unflatten(-1, (-1, self.head_dim)) for heads in (query, key, value))
+        heads = self._each(route, normed_LE, lambda expert, part_LE: expert.qkv_proj(part_LE))
+        query, key, value = heads.unflatten(-1, (-1, self.head_dim)).split(self.num_heads, dim=1)
         norm = None
         if self.has_qk_norm:
             norm = QKNorm(self._weights("q_norm", route), self._weights("k_norm", route), self.eps)

@@ -14,6 +14,7 @@ from torch import nn
 
 from realign.model.config import ViTConfig
 from realign.model.embeddings import find_activation
+from realign.model.linear import FusedLinear
 
 
 class VisionTransformer(nn.Module):
@@ -53,7 +54,8 @@ class ViTLayer(nn.Module):
         self.head_dim = config.head_dim
         self.activation = find_activation(config.hidden_act)
         self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.qkv_proj = FusedLinear(width, dict.fromkeys(("q_proj", "k_proj", "v_proj"), width))
+        self.out_proj = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.fc1 = nn.Linear(width, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, width)
@@ -63,17 +65,15 @@ class ViTLayer(nn.Module):
         return hidden_LE + self.fc2(self.activation(self.fc1(self.norm2(hidden_LE))))
 
     def _attend(self, normed_LE: torch.Tensor, runs: list[tuple[int, int]]) -> torch.Tensor:
-        projected = [proj(normed_LE) for proj in (self.q_proj, self.k_proj, self.v_proj)]
         sizes = [count * length for count, length in runs]
-        parts = zip(runs, *(tensor_LE.split(sizes) for tensor_LE in projected), strict=True)
-        return torch.cat([self._attend_run(length, *qkv) for (_, length), *qkv in parts])
+        parts = zip(runs, self.qkv_proj(normed_LE).split(sizes), strict=True)
+        return torch.cat([self._attend_run(length, part) for (_, length), part in parts])
 
-    def _attend_run(self, length: int, *qkv: torch.Tensor) -> torch.Tensor:
+    def _attend_run(self, length: int, qkv: torch.Tensor) -> torch.Tensor:
         """Full attention within each of the consecutive pictures of `length` patches."""
-        query, key, value = (
-            t.view(-1, length, t.shape[-1] // self.head_dim, self.head_dim).transpose(1, 2) for t in qkv
-        )
-        return attend_fully(query, key, value).transpose(1, 2).reshape(qkv[0].shape)
+        heads = qkv.view(-1, length, 3, qkv.shape[-1] // (3 * self.head_dim), self.head_dim)
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind()
+        return attend_fully(query, key, value).transpose(1, 2).reshape(len(qkv), -1)
 
 
 def attend_fully(query_BHND: torch.Tensor, key_BHND: torch.Tensor, value_BHND: torch.Tensor) -> torch.Tensor:

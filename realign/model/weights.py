@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from realign.model.config import BagelConfig
+from realign.model.linear import FusedLinear
 
 MODEL_FILE = "ema.safetensors"
 AUTOENCODER_FILE = "ae.safetensors"
@@ -59,7 +60,7 @@ _MODULES = {
 
 
 def published_name(name: str) -> str:
-    """The published name of a parameter of `Bagel`.
+    """The published name of a parameter of `Bagel`, or of one projection of a fused one.
 
     `decoder.layers.0.gen.q_proj.weight` is `language_model.model.layers.0.self_attn.q_proj_moe_gen.weight`.
     """
@@ -74,6 +75,40 @@ def published_name(name: str) -> str:
         return f"vit_model.vision_model.encoder.layers.{layer}.{_VIT_MODULES[module]}.{leaf}"
     module, _, leaf = name.rpartition(".")
     return f"{_MODULES.get(module, module)}.{leaf}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a published tensor is of our parameters: some rows of one.
+
+    Attributes:
+        parameter: the name of ours.
+        name: the name that these rows would have as a parameter of their own.
+        rows: None is all.
+    """
+
+    parameter: str
+    name: str
+    rows: slice | None = None
+
+    def of(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The rows: a view."""
+        tensor = tensors[self.parameter]
+        return tensor if self.rows is None else tensor[self.rows]
+
+
+def list_parts(model: nn.Module) -> dict[str, Part]:
+    """The part of every published tensor of a `Bagel`, by published name."""
+    parts = []
+    for parameter in model.state_dict():
+        path, _, leaf = parameter.rpartition(".")
+        module, prefix = model.get_submodule(path), path.rpartition(".")[0]
+        if isinstance(module, FusedLinear):
+            rows = module.rows().items()
+            parts += [Part(parameter, f"{prefix}.{name}.{leaf}", own) for name, own in rows]
+        else:
+            parts.append(Part(parameter, parameter))
+    return {published_name(part.name): part for part in parts}
 
 
 def find_folder(path: str | Path) -> Path:
@@ -100,11 +135,15 @@ def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: to
     Raises `ValueError` naming tensor and file where one is missing, extra, misshapen or not of a float type,
     and naming the file where one cannot be read.
     """
-    headers = {
-        **_checked(_read_headers(folder / AUTOENCODER_FILE), _expected(model, is_autoencoder=True)),
-        **_checked(_read_model_headers(folder), _expected(model, is_autoencoder=False)),
-    }
-    tensors = dict(_read_tensors(headers, device, dtype))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tensors: dict[str, torch.Tensor] = {}
+    found = ((_read_headers(folder / AUTOENCODER_FILE), True), (_read_model_headers(folder), False))
+    checked = [(headers, _checked(headers, model, is_autoencoder)) for headers, is_autoencoder in found]
+    for headers, parts in checked:
+        for name, part in parts.items():
+            if part.parameter not in tensors:
+                tensors[part.parameter] = torch.empty(shapes[part.parameter], dtype=dtype, device=device)
+            part.of(tensors).copy_(_read_tensor(headers[name]))
     model.load_state_dict(tensors, strict=True, assign=True)
 
 
@@ -113,9 +152,8 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     state = model.state_dict()
     for file_name, is_autoencoder in ((MODEL_FILE, False), (AUTOENCODER_FILE, True)):
         tensors = {
-            published_name(name): tensor.detach().contiguous()
-            for name, tensor in state.items()
-            if name.startswith(AUTOENCODER_PREFIX) == is_autoencoder
+            name: part.of(state).detach().contiguous()
+            for name, part in _parts_of(model, is_autoencoder).items()
         }
         partial = folder / f".{file_name}.partial"
         save_file(tensors, partial, metadata={"format": "pt"})
@@ -132,19 +170,18 @@ class _Header:
     dtype: str
 
 
-def _expected(model: nn.Module, is_autoencoder: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Published name to our name and shape."""
+def _parts_of(model: nn.Module, is_autoencoder: bool) -> dict[str, Part]:
+    """What one of the two files holds."""
     return {
-        published_name(name): (name, tuple(tensor.shape))
-        for name, tensor in model.state_dict().items()
-        if name.startswith(AUTOENCODER_PREFIX) == is_autoencoder
+        name: part
+        for name, part in list_parts(model).items()
+        if part.parameter.startswith(AUTOENCODER_PREFIX) == is_autoencoder
     }
 
 
-def _checked(
-    found: dict[str, _Header], expected: dict[str, tuple[str, tuple[int, ...]]]
-) -> dict[str, _Header]:
-    """The headers under our names, once each is as the config asks."""
+def _checked(found: dict[str, _Header], model: nn.Module, is_autoencoder: bool) -> dict[str, Part]:
+    """The parts of a file, once each is there as the config asks."""
+    expected, state = _parts_of(model, is_autoencoder), model.state_dict()
     files_read = ", ".join(sorted({str(header.path) for header in found.values()})) or "the checkpoint"
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing:
@@ -153,8 +190,8 @@ def _checked(
         raise ValueError(
             f"{found[extra[0]].path}: extra tensor {_some(extra)}, for which the config has no place"
         )
-    for name, (_, shape) in expected.items():
-        header = found[name]
+    for name, part in expected.items():
+        header, shape = found[name], part.of(state).shape
         if header.shape != shape:
             raise ValueError(
                 f"{header.path}: tensor {name} is {list(header.shape)}, the config asks for {list(shape)}"
@@ -163,7 +200,7 @@ def _checked(
             raise ValueError(
                 f"{header.path}: tensor {name} is {header.dtype}: only {', '.join(FLOAT_DTYPES)} are read"
             )
-    return {ours: found[name] for name, (ours, _) in expected.items()}
+    return expected
 
 
 def _some(names: list[str]) -> str:
@@ -229,17 +266,14 @@ def _read_headers(path: Path) -> dict[str, _Header]:
         }
 
 
-def _read_tensors(
-    headers: dict[str, _Header], device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors under our names, cast and copied one by one.
+def _read_tensor(header: _Header) -> torch.Tensor:
+    """One tensor, which hangs on the file until it is copied.
 
-    Each file is opened anew for each tensor: an open file is mapped into memory, and what has been read of it
-    stays counted against the process until it is closed; held open, that is a second copy of the weights.
+    The file is opened anew for each: an open file is mapped into memory, and what has been read of it stays
+    counted against the process until it is closed; held open, that is a second copy of the weights.
     """
-    for name, header in headers.items():
-        with _open(header.path) as file:
-            yield name, file.get_tensor(header.name).to(device=device, dtype=dtype, copy=True)
+    with _open(header.path) as file:
+        return file.get_tensor(header.name)
 
 
 def _open(path: Path) -> safe_open:

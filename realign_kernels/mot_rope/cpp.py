@@ -14,21 +14,14 @@ from realign_kernels.mot_rope.ops import Inputs
 
 def _run(inputs: Inputs, eps: float) -> tuple[Tensor, Tensor]:
     query, key = results = ops.allocate(inputs.query, inputs.key)
-    num_heads, dim = key.shape[1:]
-    strides = {"key_row_stride": num_heads * dim, "key_head_stride": dim}
-    native._C.mot_rope(_inputs(inputs, eps) | strides | {"query_out": query, "key_out": key})
+    native._C.mot_rope(_inputs(inputs, eps) | {"query_out": query} | _key_out(key))
     return results
 
 
 def _run_cached(inputs: Inputs, eps: float, slots: Tensor, slot: Tensor) -> Tensor:
     query, _ = ops.allocate(inputs.query, inputs.key)
     if slot.numel():
-        strides = {"key_row_stride": slots.stride(0), "key_head_stride": slots.stride(1)}
-        start = slots.as_strided(
-            (1,), (1,)
-        )  # an array that needs no copy to be contiguous, at the same address
-        cache = {"key_out": start, "slot": slot} | strides
-        native._C.mot_rope(_inputs(inputs, eps) | cache | {"query_out": query})
+        native._C.mot_rope(_inputs(inputs, eps) | {"query_out": query, "slot": slot} | _key_out(slots))
     return query
 
 
@@ -41,7 +34,13 @@ def _run_backward(inputs: Inputs, grads: tuple[Tensor, Tensor], eps: float) -> t
     return results
 
 
+def _key_out(key: Tensor) -> dict[str, Any]:
+    stride, head_stride, _ = key.stride()
+    return {"key_out": key, "key_out_stride": stride, "key_out_head_stride": head_stride}
+
+
 def _inputs(inputs: Inputs, eps: float) -> dict[str, Any]:
+    inputs = inputs._replace(query=ops.as_rows(inputs.query), key=ops.as_rows(inputs.key))
     arguments = inputs._asdict()
     for name in ("cos", "sin", "und_query", "gen_query", "und_key", "gen_key"):
         if arguments[name] is not None:
@@ -52,6 +51,8 @@ def _inputs(inputs: Inputs, eps: float) -> dict[str, Any]:
         "dim": dim,
         "num_query_heads": num_query_heads,
         "num_key_heads": inputs.key.shape[1],
+        "query_stride": inputs.query.stride(0),
+        "key_stride": inputs.key.stride(0),
         "num_threads": torch.get_num_threads(),
         "eps": eps,
         "dtype": native.DTYPE_CODES[inputs.query.dtype],

@@ -74,6 +74,12 @@ def allocate_backward(
     return (*allocate(query, key), torch.empty(shape, dtype=torch.float32, device=query.device))
 
 
+def as_rows(heads: Tensor) -> Tensor:
+    """[L, H, D] with the heads of a token next to each other: as it is, unless its strides forbid it."""
+    _, head_stride, stride = heads.stride()
+    return heads if (head_stride, stride) == (heads.shape[2], 1) else heads.contiguous()
+
+
 def _empty_like(heads: Tensor) -> Tensor:
     return torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
 

@@ -30,12 +30,13 @@ def token_rows(token, num_tokens, H: tl.constexpr, K: tl.constexpr, BL: tl.const
 
 
 @triton.jit
-def head_pointers(
-    p_query, p_key, row_q, row_k, o_h, is_query, stride_row, stride_head, H: tl.constexpr, D: tl.constexpr
-):
-    """Pointers [rows, 1] to the first number of each row's head; keys with strides of their own."""
-    query = p_query + (row_q * H + o_h) * D
-    key = p_key + row_k * stride_row + (o_h - H) * stride_head
+def head_pointers(p_query, p_key, rows, strides, o_h, is_query, H: tl.constexpr, D: tl.constexpr):
+    """Pointers [rows, 1] to the first number of each row's head.
+
+    `rows` are queries' and keys'; `strides` those between queries' rows, keys' rows and keys' heads.
+    """
+    query = p_query + rows[0] * strides[0] + o_h * D
+    key = p_key + rows[1] * strides[1] + (o_h - H) * strides[2]
     return tl.where(is_query, query, key)[:, None]
 
 
@@ -88,8 +89,10 @@ def mot_rope_kernel(
     p_query_out,
     p_key_out,
     num_tokens,
-    stride_row,
-    stride_head,
+    stride_query,
+    stride_key,
+    stride_out,
+    stride_out_head,
     eps,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -101,7 +104,8 @@ def mot_rope_kernel(
     o_l, o_h, is_query, m_r = token_rows(tl.program_id(0).to(tl.int64) * BL, num_tokens, H, K, BL, BH)
     o_a = tl.arange(0, BA)[None, :]
     mask = m_r[:, None] & (o_a < A)
-    p_x = head_pointers(p_query, p_key, o_l, o_l, o_h, is_query, K * 2 * A, 2 * A, H, 2 * A) + o_a
+    strides = (stride_query, stride_key, 2 * A)
+    p_x = head_pointers(p_query, p_key, (o_l, o_l), strides, o_h, is_query, H, 2 * A) + o_a
     b_first = load_wide(p_x, mask)
     b_second = load_wide(p_x + A, mask)
     b_cos = load_wide(p_cos + o_l[:, None] * A + o_a, mask)
@@ -114,10 +118,8 @@ def mot_rope_kernel(
         b_second = b_second * b_scale * load_wide(p_weight + A, mask)
     row_q = load_or(p_index, o_l, m_r, o_l)
     row_k = load_or(p_slot, o_l, m_r, row_q)
-    p_out = (
-        head_pointers(p_query_out, p_key_out, row_q, row_k, o_h, is_query, stride_row, stride_head, H, 2 * A)
-        + o_a
-    )
+    strides = (H * 2 * A, stride_out, stride_out_head)
+    p_out = head_pointers(p_query_out, p_key_out, (row_q, row_k), strides, o_h, is_query, H, 2 * A) + o_a
     tl.store(p_out, b_first * b_cos - b_second * b_sin, mask=mask)
     tl.store(p_out + A, b_second * b_cos + b_first * b_sin, mask=mask)
 
@@ -148,6 +150,8 @@ def mot_rope_backward_kernel(
     p_key_out,
     p_partial,
     num_tokens,
+    stride_query,
+    stride_key,
     eps,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -167,9 +171,8 @@ def mot_rope_backward_kernel(
         o_l, o_h, is_query, m_r = token_rows((i_p * NT + i_t) * BL, num_tokens, H, K, BL, BH)
         mask = m_r[:, None] & (o_a < A)
         row = load_or(p_index, o_l, m_r, o_l)
-        p_grad = (
-            head_pointers(p_grad_query, p_grad_key, row, row, o_h, is_query, K * 2 * A, 2 * A, H, 2 * A) + o_a
-        )
+        dense = (H * 2 * A, K * 2 * A, 2 * A)
+        p_grad = head_pointers(p_grad_query, p_grad_key, (row, row), dense, o_h, is_query, H, 2 * A) + o_a
         b_out_first = load_wide(p_grad, mask)
         b_out_second = load_wide(p_grad + A, mask)
         b_cos = load_wide(p_cos + o_l[:, None] * A + o_a, mask)
@@ -177,7 +180,8 @@ def mot_rope_backward_kernel(
         b_grad_first = b_out_first * b_cos + b_out_second * b_sin
         b_grad_second = b_out_second * b_cos - b_out_first * b_sin
         if p_und_q is not None:
-            p_x = head_pointers(p_query, p_key, o_l, o_l, o_h, is_query, K * 2 * A, 2 * A, H, 2 * A) + o_a
+            strides = (stride_query, stride_key, 2 * A)
+            p_x = head_pointers(p_query, p_key, (o_l, o_l), strides, o_h, is_query, H, 2 * A) + o_a
             b_first = load_wide(p_x, mask)
             b_second = load_wide(p_x + A, mask)
             b_scale = scale_of(b_first, b_second, eps, A)
@@ -202,9 +206,7 @@ def mot_rope_backward_kernel(
             b_along = b_along[:, None] * (0.5 / A)
             b_grad_first = (b_grad_first * b_weight_first - b_first * b_along) * b_scale
             b_grad_second = (b_grad_second * b_weight_second - b_second * b_along) * b_scale
-        p_out = (
-            head_pointers(p_query_out, p_key_out, o_l, o_l, o_h, is_query, K * 2 * A, 2 * A, H, 2 * A) + o_a
-        )
+        p_out = head_pointers(p_query_out, p_key_out, (o_l, o_l), dense, o_h, is_query, H, 2 * A) + o_a
         tl.store(p_out, b_grad_first, mask=mask)
         tl.store(p_out + A, b_grad_second, mask=mask)
     if p_und_q is not None:
@@ -233,14 +235,20 @@ def tile_constants(query: Tensor, key: Tensor) -> dict[str, int]:
 
 def _launch(inputs: Inputs, slot: Tensor | None, outs: tuple[Tensor, Tensor], eps: float) -> None:
     constants = tile_constants(inputs.query, inputs.key)
-    pointers = contiguous(*_align(inputs), slot)
-    numbers = (len(inputs.query), *outs[1].stride()[:2], eps)
+    inputs = _align(inputs)
+    pointers = (*inputs[:2], *contiguous(*inputs[2:], slot))
+    numbers = (len(inputs.query), *_strides(inputs), *outs[1].stride()[:2], eps)
     grid = (triton.cdiv(len(inputs.query), constants["BL"]),)
     launch(mot_rope_kernel, grid, *pointers, *outs, *numbers, **constants)
 
 
 def _align(inputs: Inputs) -> Inputs:
-    return Inputs(*inputs[:4], *in_one_dtype(*inputs[4:8]), *inputs[8:])
+    heads = map(ops.as_rows, inputs[:2])
+    return Inputs(*heads, *inputs[2:4], *in_one_dtype(*inputs[4:8]), *inputs[8:])
+
+
+def _strides(inputs: Inputs) -> tuple[int, int]:
+    return inputs.query.stride(0), inputs.key.stride(0)
 
 
 def _run(inputs: Inputs, eps: float) -> tuple[Tensor, Tensor]:
@@ -261,8 +269,9 @@ def _run_backward(inputs: Inputs, grads: tuple[Tensor, Tensor], eps: float) -> t
     num_tiles = max(1, PROGRAM_TOKENS // constants["BL"])
     grid = (triton.cdiv(len(inputs.query), constants["BL"] * num_tiles),)
     partial = weights.new_empty(*grid, *weights.shape)
-    pointers, outs = contiguous(*grads, *_align(inputs)), (query, key, partial)
-    numbers = (len(inputs.query), eps)
+    inputs = _align(inputs)
+    pointers = (*contiguous(*grads), *inputs[:2], *contiguous(*inputs[2:]))
+    outs, numbers = (query, key, partial), (len(inputs.query), *_strides(inputs), eps)
     launch(mot_rope_backward_kernel, grid, *pointers, *outs, *numbers, **constants, NT=num_tiles)
     return query, key, partial.sum(0)
 

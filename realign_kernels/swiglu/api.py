@@ -14,20 +14,25 @@ from realign_kernels.swiglu.cpp import swiglu_cpp
 from realign_kernels.swiglu.reference import swiglu_reference
 
 
-def swiglu(gate: Tensor, up: Tensor, impl: str = "auto") -> Tensor:
+def swiglu(gate: Tensor, up: Tensor | None = None, impl: str = "auto") -> Tensor:
     """Gated activation `gate * sigmoid(gate) * up`, elementwise.
 
     Args:
-        gate, up: the same shape and dtype. The arithmetic is float32 (float64 for float64); the activation of
-            `gate` is rounded to the dtype before it multiplies `up`, as plain torch rounds it.
+        gate, up: the same shape and dtype; rows may have any stride. Without `up` the rows of `gate` are
+            both, gate in the first half, as a fused projection makes them; so is the gradient. The arithmetic
+            is float32 (float64 for float64); the activation of `gate` is rounded to the dtype before it
+            multiplies `up`, as plain torch rounds it.
         impl: `"auto"` (table in `dispatch.py`), `"reference"`, `"cpp"` or `"triton"`.
 
-    Returns: the same shape and dtype. Differentiable in both.
-    Raises: ValueError if shape, dtype or device differ, or `impl` cannot run.
+    Returns: the same dtype, and shape (without `up`: half as wide). Differentiable in both.
+    Raises: ValueError if shape, dtype or device differ, a width is odd, or `impl` cannot run.
     Source: Shazeer, arXiv 2002.05202, eq. 5.
     """
     check_dtype("gate", gate.dtype)
-    check_like("up", up, "gate", gate)
+    if up is not None:
+        check_like("up", up, "gate", gate)
+    elif not gate.dim() or gate.shape[-1] % 2:
+        raise ValueError(f"gate has shape {tuple(gate.shape)} and up is None: its width must be even")
     path = choose_impl("swiglu", impl, (gate, up), {"cpp": True, "triton": True})
     if path == "cpp":
         return swiglu_cpp(gate, up)

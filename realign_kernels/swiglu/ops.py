@@ -1,4 +1,7 @@
-"""The torch ops of `swiglu`: schemas and gradient, whatever runs inside."""
+"""The torch ops of `swiglu`: schemas and gradient, whatever runs inside.
+
+`up` is None where `gate` holds both halves; the gradient of `gate` then is that of both, that of `up` empty.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,25 @@ def define(name: str, run: Callable, run_backward: Callable) -> DifferentiableOp
     return DifferentiableOp(name, (_FORWARD, run), (_BACKWARD, run_backward), _save, _differentiate)
 
 
-def allocate(gate: Tensor, up: Tensor) -> Tensor:
+def allocate(gate: Tensor, up: Tensor | None) -> Tensor:
     """The result, not computed."""
-    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
+    return torch.empty(shape, dtype=gate.dtype, device=gate.device)
 
 
-def allocate_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def allocate_backward(grad: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up, not computed."""
-    return allocate(gate, up), allocate(gate, up)
+    shapes = (gate.shape, 0 if up is None else up.shape)
+    grad_gate, grad_up = (torch.empty(shape, dtype=gate.dtype, device=gate.device) for shape in shapes)
+    return grad_gate, grad_up
+
+
+def as_rows(numbers: Tensor) -> Tensor:
+    """A tensor as rows of numbers that lie together, [L, E]: a view, unless its strides forbid it."""
+    if numbers.dim() != 2:
+        width = numbers.shape[-1] if numbers.dim() else 1
+        numbers = numbers.reshape(numbers.shape[:-1].numel(), width)
+    return numbers if numbers.stride(1) == 1 else numbers.contiguous()
 
 
 def _save(ctx, inputs, output):
@@ -30,8 +44,10 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(backward, ctx, grad):
-    return backward(grad, *ctx.saved_tensors)
+    gate, up = ctx.saved_tensors
+    grad_gate, grad_up = backward(grad, gate, up)
+    return grad_gate, None if up is None else grad_up
 
 
-_FORWARD = Signature("Tensor gate, Tensor up", "Tensor", allocate)
-_BACKWARD = Signature("Tensor grad, Tensor gate, Tensor up", "(Tensor, Tensor)", allocate_backward)
+_FORWARD = Signature("Tensor gate, Tensor? up", "Tensor", allocate)
+_BACKWARD = Signature("Tensor grad, Tensor gate, Tensor? up", "(Tensor, Tensor)", allocate_backward)

@@ -7,8 +7,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 
-def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu_reference(gate: Tensor, up: Tensor | None) -> Tensor:
     """`silu(gate)`, in float32 or wider, returned to the dtype of `gate`, times `up`."""
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
     return _Silu.apply(gate) * up
 
 

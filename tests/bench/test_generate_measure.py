@@ -197,7 +197,7 @@ def test_a_random_model_draws_and_writes(mini):
     """BAGEL-7B's stand-in, small: the experts differ, and what it writes reads back to the same tokens."""
     config = replace(mini.config, name="bagel-7b, random weights", max_latent_size=32)
     model = build_random(config, CPU, torch.float32)
-    und, gen = (getattr(model.decoder.layers[0], name).q_proj.weight for name in ("und", "gen"))
+    und, gen = (getattr(model.decoder.layers[0], name).qkv_proj.weight for name in ("und", "gen"))
     assert not torch.equal(und, gen)
     assert len(model.tokenizer) == config.llm.vocab_size
     ids = [3, 100, 450]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,16 @@ def find_ops(name: str, impl: str) -> tuple[torch._ops.OpOverload, ...]:
     importlib.import_module(f"realign_kernels.{name}.{impl}")
     name = name if impl == "cpp" else f"{name}_{impl}"
     return tuple(getattr(torch.ops.realign_kernels, f"{name}{end}").default for end in ("", "_backward"))
+
+
+def refuse_copies(contiguous: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`Tensor.contiguous` that fails where it would copy."""
+
+    def run(tensor: Tensor, *args, **kwargs) -> Tensor:
+        assert tensor.is_contiguous(), f"strides {tensor.stride()} of {tuple(tensor.shape)} are copied"
+        return contiguous(tensor, *args, **kwargs)
+
+    return run
 
 
 def assert_as_exact(actual: Tensor, plain: Tensor, exact: Tensor, term: float = 0.0) -> None:

@@ -127,6 +127,8 @@ def test_mot_rope_arguments(change, message):
         (torch.zeros(2).int(), torch.zeros(2).int(), "auto", "gate has dtype torch.int32: must be float32"),
         (torch.zeros(2), torch.zeros(2, device="meta"), "auto", "up is on meta: must be on cpu"),
         (torch.zeros(2).double(), torch.zeros(2).double(), "cpp", "impl='cpp' cannot run"),
+        (torch.zeros(2, 3), None, "auto", r"gate has shape \(2, 3\) and up is None: its width must be even"),
+        (torch.zeros(()), None, "auto", r"gate has shape \(\) and up is None"),
         (
             torch.zeros(2),
             torch.zeros(2),

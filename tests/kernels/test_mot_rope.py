@@ -14,7 +14,7 @@ from realign_kernels import KeyCache, QKNorm, RopeTable, mot_rope
 from tests.kernels.devices import device_of
 from tests.kernels.flow_cases import IMPLS, KERNELS, needs_cpp
 from tests.kernels.independence import assert_rows_are_independent, draw_rows
-from tests.kernels.model_ops import assert_as_exact, find_ops
+from tests.kernels.model_ops import assert_as_exact, find_ops, refuse_copies
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-6
@@ -268,6 +268,25 @@ def test_strides_do_not_matter(impl):
     )
     for ours, theirs in zip(holes.run(impl), case.run(impl), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_are_read_where_they_lie(dtype, impl, monkeypatch):
+    """Queries and keys of one fused projection, values beside them: no copy, forward and backward."""
+    case = HeadsCase.draw((7, 3, 2, 6)).to(dtype).to(device_of(impl))
+    fused_LFD = torch.cat((case.query_LHD, case.key_LKD, torch.zeros_like(case.key_LKD)), dim=1)
+    query_LHD, key_LKD, _ = fused_LFD.split((3, 2, 2), dim=1)
+    expected = case.run(impl)
+    slot_L = torch.arange(7, device=query_LHD.device).flip(0)
+    caches = [KeyCache(torch.zeros_like(case.key_LKD), slot_L) for _ in range(2)]
+    case.run_cached(impl, caches[0])
+    monkeypatch.setattr(Tensor, "contiguous", refuse_copies(Tensor.contiguous))
+    views = replace(case, query_LHD=query_LHD, key_LKD=key_LKD)
+    views.run_cached(impl, caches[1])
+    assert torch.equal(caches[0].slots_SKD, caches[1].slots_SKD)
+    for ours, theirs in zip(views.run(impl), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

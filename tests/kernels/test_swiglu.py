@@ -13,7 +13,7 @@ from realign_kernels import swiglu
 from tests.kernels.devices import device_of
 from tests.kernels.flow_cases import IMPLS, KERNELS, needs_cpp
 from tests.kernels.independence import assert_rows_are_independent, draw_rows
-from tests.kernels.model_ops import assert_as_exact, find_ops
+from tests.kernels.model_ops import assert_as_exact, find_ops, refuse_copies
 
 # NumPy, in Triton's interpreter, warns of infinities.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow|invalid value:RuntimeWarning")
@@ -76,9 +76,39 @@ def test_gradients_of_the_definition():
 @pytest.mark.parametrize("impl", IMPLS)
 def test_rows_are_independent(impl):
     def run(gate: Tensor, up: Tensor, grad: Tensor):
-        return differentiate(lambda gate, up: swiglu(gate, up, impl=impl), gate, up, grad), []
+        halves = torch.cat((gate, up), dim=1)
+        return [
+            *differentiate(lambda gate, up: swiglu(gate, up, impl=impl), gate, up, grad),
+            swiglu(halves, impl=impl),
+        ], []
 
     assert_rows_are_independent(impl, run, draw_rows(impl, (127,), (127,), (127,)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (0, 4), (5, 0), (5, 7), (3, 2, 65), (9, 600)])
+def test_both_halves_in_one_tensor(shape, dtype, impl):
+    """The same bits as two tensors give, and one gradient."""
+    gate, up, grad = (tensor.to(device_of(impl)) for tensor in draw(shape, dtype))
+    expected = differentiate(lambda gate, up: swiglu(gate, up, impl=impl), gate, up, grad)
+    fused = torch.cat((gate, up), dim=-1).requires_grad_()
+    out = swiglu(fused, impl=impl)
+    (grads,) = torch.autograd.grad(out, fused, grad)
+    for ours, theirs in zip((out, *grads.chunk(2, dim=-1)), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_rows_are_read_where_they_lie(impl, monkeypatch):
+    """Halves of a tensor, rows with holes, a row for all: no copy, forward and backward."""
+    gate, up, grad = (tensor.to(device_of(impl)) for tensor in draw((6, 10), torch.float32))
+    holes = torch.cat((gate, up, gate), dim=1)
+    expected = differentiate(lambda gate, up: swiglu(gate, up, impl=impl), gate, up[:1].expand(6, 10), grad)
+    monkeypatch.setattr(Tensor, "contiguous", refuse_copies(Tensor.contiguous))
+    views = (holes[:, :10], holes[:1, 10:20].expand(6, 10), grad)
+    actual = differentiate(lambda gate, up: swiglu(gate, up, impl=impl), *views)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -125,6 +155,8 @@ def test_opcheck(dtype, impl, monkeypatch):
     gate, up, grad = (tensor.to(device_of(impl)) for tensor in draw((5, 9), dtype))
     op, backward = find_ops("swiglu", impl)
     torch.library.opcheck(backward, (grad, gate, up))
+    torch.library.opcheck(backward, (grad, torch.cat((gate, up), dim=1), None))
+    torch.library.opcheck(op, (torch.cat((gate, up), dim=1).requires_grad_(), None))
     torch.library.opcheck(op, (gate.requires_grad_(), up.requires_grad_()))
 
 

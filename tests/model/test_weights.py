@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from realign.model.bagel import Bagel
 from realign.model.config import BagelConfig
-from realign.model.weights import published_name
+from realign.model.weights import list_parts
 
 from .test_config import BAGEL_7B_LLM, BAGEL_7B_VIT
 
@@ -38,10 +38,11 @@ def _edit(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> No
 def test_published_names_are_the_golden_ones(
     golden_model: Bagel, checkpoint: Path, golden_json: dict
 ) -> None:
-    names = [published_name(name) for name in golden_model.state_dict()]
+    parts = list_parts(golden_model)
     files = [load_file(checkpoint / name) for name in ("ema.safetensors", "ae.safetensors")]
-    assert sorted(names) == sorted([*files[0], *files[1]])
-    trained = {published_name(name) for name, p in golden_model.named_parameters() if p.requires_grad}
+    assert sorted(parts) == sorted([*files[0], *files[1]])
+    ours = {name for name, p in golden_model.named_parameters() if p.requires_grad}
+    trained = {name for name, part in parts.items() if part.parameter in ours}
     assert set(golden_json["cases"]["train"]["grad_norms"]) <= trained
 
 
@@ -51,7 +52,8 @@ def test_bagel_7b_layout(tmp_path: Path) -> None:
     (tmp_path / "vit_config.json").write_text(json.dumps(BAGEL_7B_VIT))
     with torch.device("meta"):
         model = Bagel(BagelConfig.load(tmp_path))
-    shapes = {published_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    shapes = {name: tuple(part.of(state).shape) for name, part in list_parts(model).items()}
     layer = "language_model.model.layers.27"
     assert shapes[f"{layer}.self_attn.k_proj_moe_gen.weight"] == (512, 3584)
     assert shapes[f"{layer}.self_attn.q_norm.weight"] == (128,)
@@ -95,6 +97,20 @@ def test_golden_files_are_reproduced(golden_model: Bagel, checkpoint: Path, tmp_
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def test_fused_weights_are_the_published_ones_one_after_the_other(
+    golden_model: Bagel, checkpoint: Path
+) -> None:
+    published = load_file(checkpoint / "ema.safetensors")
+    layer = "language_model.model.layers.1"
+    for expert, mark in (("und", ""), ("gen", "_moe_gen")):
+        ours = getattr(golden_model.decoder.layers[1], expert)
+        for leaf in ("weight", "bias"):
+            parts = [published[f"{layer}.self_attn.{name}_proj{mark}.{leaf}"] for name in "qkv"]
+            assert torch.equal(getattr(ours.qkv_proj, leaf), torch.cat(parts))
+        parts = [published[f"{layer}.mlp{mark}.{name}_proj.weight"] for name in ("gate", "up")]
+        assert torch.equal(ours.gate_up_proj.weight, torch.cat(parts))
+
+
 def test_saving_over_what_was_loaded(folder: Path) -> None:
     model = Bagel.from_pretrained(folder)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -118,8 +134,8 @@ def test_fresh_model(small_model: Bagel) -> None:
     for layer in small_model.decoder.layers:
         und, gen = layer.und.state_dict(), layer.gen.state_dict()
         assert all(torch.equal(und[name], gen[name]) for name in und)
-        assert 0.015 < layer.und.q_proj.weight.std() < 0.025
-        assert not layer.und.q_proj.bias.any()
+        assert 0.015 < layer.und.qkv_proj.weight.std() < 0.025
+        assert not layer.und.qkv_proj.bias.any()
     assert not small_model.llm2vae.weight.any()
     assert all(p.isfinite().all() for p in small_model.parameters())
 
@@ -167,6 +183,7 @@ def test_model_safetensors_serves_too(folder: Path) -> None:
 
 
 NORM = "language_model.model.norm_moe_gen.weight"
+KEY = "language_model.model.layers.1.self_attn.k_proj_moe_gen.bias"  # rows of one of our tensors
 
 
 @pytest.mark.parametrize(
@@ -181,6 +198,8 @@ NORM = "language_model.model.norm_moe_gen.weight"
             rf"{NORM} is \[63\], .* \[64\]",
         ),
         ("ema.safetensors", lambda t: t.update({NORM: torch.zeros(64).int()}), rf"{NORM} is I32"),
+        ("ema.safetensors", lambda t: t.pop(KEY), rf"ema.safetensors: missing tensor {KEY}"),
+        ("ema.safetensors", lambda t: t.update({KEY: torch.zeros(7)}), rf"{KEY} is \[7\], .* \[32\]"),
         ("ema.safetensors", lambda t: t.clear(), r"missing tensor connector.fc1.bias \(and \d+ more\)"),
         (
             "ae.safetensors",

@@ -107,7 +107,7 @@ def test_the_export_loads_and_is_the_average(write_recipe, tmp_path: Path) -> No
     model = Bagel.from_pretrained(tmp_path / "out" / "model")
     tensors, numbers = load_state(tmp_path / "out" / "checkpoints")
     assert numbers["step"] == 2
-    name = "decoder.layers.0.gen.q_proj.weight"
+    name = "decoder.layers.0.gen.qkv_proj.weight"
     assert torch.equal(model.get_parameter(name), tensors[f"average.{name}"])
     assert not torch.equal(model.get_parameter(name), tensors[f"model.{name}"])
 
