@@ -40,6 +40,7 @@ from realign.data.readers import PromptError, PromptFile, Reference, load_refere
 from realign.gallery.pages import page_name
 
 if TYPE_CHECKING:
+    from realign.api import Generator
     from realign.runtime.engine import Engine
 
 DEFAULT_BATCH_SIZE = 16
@@ -102,14 +103,7 @@ class PreparedRun:
     @classmethod
     def check(cls, options: RunOptions, process: Process, allowed: tuple[str, ...] = ()) -> PreparedRun:
         """Raises PromptError or UsageError for whatever would not work."""
-        options.check()
-        prompts = read_prompts(options.prompts, options.format)
-        references = load_references(prompts)
-        device, dtype = resolve_device(options.device, options.dtype, process)
-        model = ModelFolder.find(options.model)
-        check_given_size(options.picture, model.config)
-        check_sizes(options.picture, model.config, prompts, references)
-        check_lengths(model, prompts)
+        prompts, references, model, device, dtype = check_inputs(options, process)
         settings = {
             **options.picture.as_json(),
             "format": prompts.format,
@@ -122,7 +116,7 @@ class PreparedRun:
         layout = build_layout(prompts.format, options.picture.num_images)
         folder = RunFolder(options.out, layout, settings, process, allowed)
         folder.check()
-        _warn_untrained(options.picture.reasoning, model)
+        warn_untrained(options.picture.reasoning, model)
         return cls(options, process, prompts, references, model, device, dtype, folder)
 
     def execute(self) -> int:
@@ -159,16 +153,7 @@ class PreparedRun:
 
     def load_engine(self) -> Engine:
         """Load the weights; raises UsageError where they are damaged or do not fit."""
-        import torch
-
-        from realign.api import load
-
-        if ":" in self.device:  # what names no device is to be there too
-            torch.cuda.set_device(self.device)
-        try:
-            return load(self.model.path, device=self.device, dtype=self.dtype).engine
-        except ValueError as error:
-            raise UsageError(f"--model {self.model.name}: {error}") from error
+        return load_generator(self.model, self.device, self.dtype).engine
 
     def describe(self) -> dict[str, Any]:
         """What `run.json` says beside the settings: for people, not compared."""
@@ -179,6 +164,38 @@ class PreparedRun:
             "prompts": {"file": str(self.options.prompts.resolve()), "count": len(self.prompts.entries)},
             "versions": {"python": platform.python_version(), **_library_versions()},
         }
+
+
+def check_inputs(
+    options: RunOptions, process: Process = ALONE
+) -> tuple[PromptFile, Mapping[Path, Reference], ModelFolder, str, str]:
+    """Prompts, their pictures, the model, device and dtype of a command; all of it fits together.
+
+    Raises PromptError or UsageError.
+    """
+    options.check()
+    prompts = read_prompts(options.prompts, options.format)
+    references = load_references(prompts)
+    device, dtype = resolve_device(options.device, options.dtype, process)
+    model = ModelFolder.find(options.model)
+    check_given_size(options.picture, model.config)
+    check_sizes(options.picture, model.config, prompts, references)
+    check_lengths(model, prompts)
+    return prompts, references, model, device, dtype
+
+
+def load_generator(model: ModelFolder, device: str, dtype: str) -> Generator:
+    """Load the weights; raises UsageError where they are damaged or do not fit."""
+    import torch
+
+    from realign.api import load
+
+    if ":" in device:  # what names no device is to be there too
+        torch.cuda.set_device(device)
+    try:
+        return load(model.path, device=device, dtype=dtype)
+    except ValueError as error:
+        raise UsageError(f"--model {model.name}: {error}") from error
 
 
 def resolve_device(device: str, dtype: str, process: Process = ALONE) -> tuple[str, str]:
@@ -222,7 +239,7 @@ def _hash_references(prompts: PromptFile, references: Mapping[Path, Reference]) 
     return hashlib.sha256("\n".join(pictures).encode()).hexdigest()
 
 
-def _warn_untrained(mode: str, model: ModelFolder) -> None:
+def warn_untrained(mode: str, model: ModelFolder) -> None:
     from realign.reasoning.programs import describe_untrained
 
     warning = describe_untrained(model.config, mode)

@@ -12,7 +12,7 @@ from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What decides a picture beside prompt and seed, named as on the command line and in `Generator.generate`.
+    """What decides a picture beside prompt and seed, by the names of the command line and of Python.
 
     `height`, `width` in pixels, None for the model's own rule; `steps` are timesteps (N - 1 denoising steps);
     `temperature` 0 is greedy.
