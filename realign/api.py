@@ -12,6 +12,7 @@ import torch
 
 from realign.model.bagel import Bagel
 from realign.reasoning.programs import PROGRAMS, describe_untrained
+from realign.runtime.attention import find_backend
 from realign.runtime.engine import Engine
 from realign.runtime.options import GenerateOptions
 from realign.runtime.request import Prompt, Request, Sample
@@ -23,9 +24,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Generator:
     """A loaded model that makes pictures from prompts."""
 
-    def __init__(self, model: Bagel) -> None:
+    def __init__(self, model: Bagel, attention: str = "auto") -> None:
         self.model = model
-        self.engine = Engine(model, PROGRAMS)
+        self.engine = Engine(model, PROGRAMS, attention=attention)
 
     def generate(
         self,
@@ -66,21 +67,28 @@ class Generator:
 
 
 def load(
-    path: str | Path = "mini", device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    path: str | Path = "mini",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    attention: str = "auto",
 ) -> Generator:
     """Load a checkpoint folder in BAGEL's layout, or the embedded "mini".
 
     Args:
         device: "auto" is "cuda" where there is one, else "cpu".
         dtype: "float32", "bfloat16", or "auto": bfloat16 on a GPU, float32 on a CPU.
+        attention: "varlen" (torch's own), "flash-attn", "xformers" on a GPU; "sdpa" on a CPU; "reference"; or
+            "auto": varlen on a GPU, sdpa on a CPU.
 
-    Raises: ValueError for a folder that is not a checkpoint, or a device or dtype that cannot be used.
+    Raises: ValueError for a folder that is no checkpoint, or a device, dtype or attention that cannot be used.
+        used.
     """
     device = find_device(device)
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = find_dtype(dtype)
-    return Generator(Bagel.from_pretrained(path, device=device, dtype=dtype))
+    find_backend(device, attention)  # before the weights are loaded
+    return Generator(Bagel.from_pretrained(path, device=device, dtype=dtype), attention)
 
 
 def find_device(name: str | torch.device) -> torch.device:

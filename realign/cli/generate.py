@@ -137,7 +137,8 @@ class PreparedRun:
         batch_size = self.options.batch_size or DEFAULT_BATCH_SIZE
         there = f", {num_done} are there already" if num_done else ""
         several = "" if self.process.is_alone else f", {self.process.world_size} processes"
-        how = f"{batch_size} at a time, {self.device.partition(':')[0]}, {self.dtype}{several}"
+        where = f"{self.device.partition(':')[0]}, {self.dtype}, attention {engine.backend.name}"
+        how = f"{batch_size} at a time, {where}{several}"
         print_note(f"{len(pending)} pictures to make{there}; {how}")
         job = Job(self.prompts, self.references, self.options.picture, self.folder)
         batches = cut_batches(pending, min(batch_size, ceil(len(pending) / self.process.world_size)))
@@ -153,7 +154,7 @@ class PreparedRun:
 
     def load_engine(self) -> Engine:
         """Load the weights; raises UsageError where they are damaged or do not fit."""
-        return load_generator(self.model, self.device, self.dtype).engine
+        return load_generator(self.model, self.device, self.dtype, self.options.attention).engine
 
     def describe(self) -> dict[str, Any]:
         """What `run.json` says beside the settings: for people, not compared."""
@@ -184,16 +185,22 @@ def check_inputs(
     return prompts, references, model, device, dtype
 
 
-def load_generator(model: ModelFolder, device: str, dtype: str) -> Generator:
-    """Load the weights; raises UsageError where they are damaged or do not fit."""
+def load_generator(model: ModelFolder, device: str, dtype: str, attention: str = "auto") -> Generator:
+    """Load the weights; raises UsageError where they are damaged or do not fit, or attention cannot run."""
     import torch
 
     from realign.api import load
+    from realign.runtime.attention import find_backend
+
+    try:
+        find_backend(torch.device(device), attention)
+    except ValueError as error:
+        raise UsageError(f"--attention {attention}: {error}") from error
 
     if ":" in device:  # what names no device is to be there too
         torch.cuda.set_device(device)
     try:
-        return load(model.path, device=device, dtype=dtype)
+        return load(model.path, device, dtype, attention)
     except ValueError as error:
         raise UsageError(f"--model {model.name}: {error}") from error
 

@@ -11,6 +11,7 @@ from realign.cli.console import UsageError
 from realign.data.readers import MAX_SEED
 from realign.model.config import REASONING_MODES, RENORMS
 from realign.runtime.options import GenerateOptions
+from realign.runtime.settings import ATTENTION_BACKENDS
 
 DTYPES = ("float32", "bfloat16")
 PROMPT_FORMATS = ("auto", "txt", "jsonl", "geneval")
@@ -62,6 +63,7 @@ class RunOptions:
     batch_size: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    attention: str = "auto"
     picture: PictureOptions = PictureOptions()
 
     @classmethod
@@ -69,7 +71,9 @@ class RunOptions:
         values = vars(args)
         picture = {name: values[name] for name in PictureOptions.__dataclass_fields__}
         picture["guidance_interval"] = tuple(picture["guidance_interval"])
-        own = {name: values[name] for name in ("format", "model", "batch_size", "device", "dtype")}
+        own = {
+            name: values[name] for name in ("format", "model", "batch_size", "device", "dtype", "attention")
+        }
         return cls(Path(args.prompts), Path(args.out), picture=PictureOptions(**picture), **own)
 
     def check(self) -> None:
@@ -85,6 +89,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (cuda where there is one)")
     group.add_argument(
         "--dtype", default="auto", choices=("auto", *DTYPES), help="(bfloat16 on cuda, else float32)"
+    )
+    group.add_argument(
+        "--attention",
+        default="auto",
+        choices=("auto", *ATTENTION_BACKENDS),
+        help="the library of attention (varlen on cuda, sdpa on a CPU)",
     )
     group.add_argument(
         "--batch-size", type=int, metavar="N", help="pictures at a time; no picture depends on it (16)"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from realign.model.bagel import Bagel, unpatchify_latent
 from realign.model.config import BagelConfig
-from realign.runtime.attention import pack_rows
+from realign.runtime.attention import find_backend, pack_rows
 from realign.runtime.context import num_pictures_at_once
 from realign.runtime.guidance import Branch
 from realign.runtime.kv import Context
@@ -109,6 +109,11 @@ class Engine:
         max_cache_bytes: bound on the keys and values that are padded together; a batch that needs more is
             worked on in parts. Default: 2 GiB on a CPU, a quarter of the memory of another device.
         keep_steps: keep the latents of every step in the trajectories.
+        attention: a name of `realign.runtime.attention.BACKENDS`, or "auto"; `engine.backend` is the one
+            taken.
+        run_tokens: see `Reader`.
+
+    Raises: ValueError for an attention backend that is none, or cannot run here.
     """
 
     def __init__(
@@ -118,9 +123,12 @@ class Engine:
         prepare: Callable[[Image.Image, BagelConfig], PreparedPicture] = fit_picture,
         max_cache_bytes: int | None = None,
         keep_steps: bool = False,
+        attention: str = "auto",
+        run_tokens: int | None = None,
     ) -> None:
         self.model, self.programs, self.keep_steps = model, programs, keep_steps
-        self.prepare = prepare
+        self.prepare, self.run_tokens = prepare, run_tokens
+        self.backend = find_backend(model.device, attention)
         llm = model.config.llm
         token_bytes = (
             2 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim * model.dtype.itemsize
@@ -184,7 +192,9 @@ class _Batch:
 
     def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
         self.engine, self.model = engine, engine.model
-        self.reader = Reader(engine.model, engine.prepare, engine.max_tokens)
+        self.reader = Reader(
+            engine.model, engine.prepare, engine.max_tokens, engine.backend, engine.run_tokens
+        )
         sizes = [self._picture_size(request) for request in requests]
         for request, size in zip(requests, sizes, strict=True):
             engine.check(request, size)
@@ -233,7 +243,8 @@ class _Batch:
         written: dict[int, Written] = {}
         for pack in pack_rows(room, self.engine.max_tokens):
             chosen = ([values[row] for row in pack] for values in (contexts, settings, keys))
-            written.update(zip(pack, decode_text(self.model, *chosen), strict=True))
+            texts = decode_text(self.model, *chosen, backend=self.engine.backend)
+            written.update(zip(pack, texts, strict=True))
         return self.reader.finish(contexts, [written[row] for row in range(len(sessions))])
 
     def _draw(self, sessions: Sequence[_Session]) -> list[Drawn]:
@@ -248,7 +259,8 @@ class _Batch:
                     if latent_LC is not None:
                         steps[row].append(latent_LC.cpu())
 
-            done = denoise(self.model, [jobs[row] for row in pack], keep if self.engine.keep_steps else None)
+            observe = keep if self.engine.keep_steps else None
+            done = denoise(self.model, [jobs[row] for row in pack], observe, self.engine.backend)
             latents.update(zip(pack, done, strict=True))
         images = decode_pictures(self.model, jobs, [latents[row] for row in range(len(jobs))])
         return [

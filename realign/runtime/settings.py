@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from realign.model.config import RENORMS
 
+ATTENTION_BACKENDS = ("varlen", "flash-attn", "xformers", "sdpa", "reference")
+
 
 @dataclass(frozen=True)
 class GuidanceSettings:

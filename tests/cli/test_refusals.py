@@ -85,6 +85,8 @@ def test_bad_prompts(place: Workplace, row: object, message: str) -> None:
         (("--device", "tpu"), "--device tpu: give auto, cpu, cuda"),
         (("--device", "cuda:99"), r"--device cuda:99: torch finds \d+ CUDA devices"),
         (("--dtype", "float64"), "invalid choice: 'float64'"),
+        (("--attention", "fast"), "invalid choice: 'fast'"),
+        (("--attention", "varlen", "--device", "cpu"), "it runs on CUDA devices alone: take auto"),
         (("--model", "nowhere"), "--model nowhere: nowhere is not a folder"),
         (("--model", CHECKPOINT), "own size 1024x1024 does not fit it: give --height and --width"),
         (("--unknown", 5), "unrecognized arguments"),
