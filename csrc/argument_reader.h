@@ -5,6 +5,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -42,6 +43,17 @@ class ArgumentReader {
       static PyObject* const contiguous = intern("contiguous");
       tensors.push_back(call(argument, contiguous));
       params.*member = address_of<Number>(tensors.back());
+    };
+    return *this;
+  }
+
+  // So many whole numbers: a tensor's shape or strides.
+  template <size_t kCount>
+  ArgumentReader& add(const char* name, std::array<int64_t, kCount> Params::*member) {
+    setters_[intern(name)] = [member](Params& params, py::handle argument, Tensors&) {
+      const auto numbers = py::reinterpret_borrow<py::tuple>(argument);
+      if (numbers.size() != kCount) throw py::type_error("not so many numbers");
+      for (size_t i = 0; i < kCount; ++i) (params.*member)[i] = PyLong_AsLongLong(numbers[i].ptr());
     };
     return *this;
   }

@@ -1,12 +1,33 @@
 #include "model_bindings.h"
 
 #include "argument_reader.h"
+#include "decode_attention.h"
 #include "mot_norm.h"
 #include "mot_rope.h"
 #include "swiglu.h"
 
 namespace realign {
 namespace {
+
+void bind_decode_attention(py::module_& m) {
+  using Params = DecodeAttentionParams;
+  ArgumentReader<Params> reader;
+  reader.add("query_shape", &Params::query_shape)
+      .add("query_stride", &Params::query_stride)
+      .add("key_shape", &Params::key_shape)
+      .add("key_stride", &Params::key_stride)
+      .add("value_stride", &Params::value_stride)
+      .add("num_threads", &Params::num_threads)
+      .add("has_long_lengths", &Params::has_long_lengths)
+      .add("dtype", &Params::dtype)
+      .add_strided("query", &Params::query)
+      .add_strided("key", &Params::key)
+      .add_strided("value", &Params::value)
+      .add("length", &Params::length)
+      .add("out", &Params::out)
+      .add("lse", &Params::lse);
+  m.def("decode_attention", [reader](const py::dict& arguments) { reader.run(&decode_attention, arguments); });
+}
 
 void bind_mot_norm(py::module_& m) {
   ArgumentReader<MotNormParams> reader;
@@ -88,6 +109,7 @@ void bind_swiglu(py::module_& m) {
 }  // namespace
 
 void bind_model_ops(py::module_& m) {
+  bind_decode_attention(m);
   bind_mot_norm(m);
   bind_mot_rope(m);
   bind_swiglu(m);

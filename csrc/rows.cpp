@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "vector_widths.h"
+#include "vectors.h"
 
 namespace realign {
 namespace {
@@ -10,7 +11,6 @@ namespace {
 // The sum of the squares of number_at(i) for i below count, over sixteen lanes, so that no addition waits for the last.
 template <typename NumberAt>
 REALIGN_INLINE double sum_squares_of(NumberAt number_at, int64_t count) {
-  constexpr int kLanes = 16;
   double lane[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -20,34 +20,6 @@ REALIGN_INLINE double sum_squares_of(NumberAt number_at, int64_t count) {
   double total = 0;
   for (int j = 0; j < kLanes; ++j) total += lane[j];
   return total;
-}
-
-// Sixteen numbers at once, in however many registers that takes; may lie at any address.
-constexpr int kLanes = 16;
-using Floats = float __attribute__((vector_size(64), aligned(4), may_alias));
-using Words = uint32_t __attribute__((vector_size(64), aligned(4), may_alias));
-using Halves = uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
-
-template <Dtype kDtype>
-REALIGN_INLINE float load(const void* array, int64_t i) {
-  if constexpr (kDtype == Dtype::float32) return static_cast<const float*>(array)[i];
-  const uint16_t half = static_cast<const uint16_t*>(array)[i];
-  return kDtype == Dtype::bfloat16 ? bfloat16_to_float(half) : float16_to_float(half);
-}
-
-template <Dtype kDtype>
-REALIGN_INLINE void load(const void* array, int64_t i, Floats& out) {
-  if constexpr (kDtype == Dtype::float32) {
-    out = *reinterpret_cast<const Floats*>(static_cast<const float*>(array) + i);
-  } else if constexpr (kDtype == Dtype::bfloat16) {
-    const auto& halves = *reinterpret_cast<const Halves*>(static_cast<const uint16_t*>(array) + i);
-    const Words words = __builtin_convertvector(halves, Words) << 16;
-    out = reinterpret_cast<const Floats&>(words);
-  } else {
-    float numbers[kLanes];
-    for (int j = 0; j < kLanes; ++j) numbers[j] = load<kDtype>(array, i + j);
-    out = *reinterpret_cast<const Floats*>(numbers);
-  }
 }
 
 // Of one number or of many.

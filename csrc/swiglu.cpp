@@ -4,6 +4,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "exponential.h"
 #include "vector_widths.h"
 
 namespace realign {
@@ -43,22 +44,9 @@ struct Float16 {
   }
 };
 
-// 1 / (1 + exp(-x)) within 3 ulp. With e = exp(-|x|) it is 1 / (1 + e), or e / (1 + e) for negative x. No library call
-// and no branch: it vectorises. exp by Cody and Waite: -|x| = n ln 2 + r with |r| <= ln 2 / 2, exp(r) by a polynomial
-// that is 1e-7 off at most, times 2^n, which is 0 where it is no normal float. A NaN stays a NaN.
+// 1 / (1 + exp(-x)) within 3 ulp. With e = exp(-|x|) it is 1 / (1 + e), or e / (1 + e) for negative x.
 inline float sigmoid_of(float x) {
-  const float magnitude = bits_to_float(float_to_bits(x) & 0x7fffffffu);
-  const float clamped = magnitude > 100.0f ? 100.0f : magnitude;
-  const float shifted = clamped * -1.44269504088896341f + 0x1.8p23f;  // the sum rounds to a whole number
-  const float n = shifted - 0x1.8p23f;
-  const float r = (-clamped - n * 0.693359375f) - n * -2.12194440054690583e-4f;
-  float series = 0.008312501944601536f;
-  series = series * r + 0.041890330612659454f;
-  series = series * r + 0.16667115688323975f;
-  series = series * r + 0.499992311000824f;
-  series = series * (r * r) + r + 1.0f;
-  const int32_t exponent = int32_t(float_to_bits(shifted)) - (0x4b400000 - 127);
-  const float e = series * bits_to_float(uint32_t(exponent < 0 ? 0 : exponent) << 23);
+  const float e = exp_of_minus(bits_to_float(float_to_bits(x) & 0x7fffffffu));
   return (x < 0 ? e : 1.0f) / (1.0f + e);
 }
 

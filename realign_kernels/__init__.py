@@ -7,6 +7,7 @@ every op's formula and use.
 from realign_kernels.arguments import Guidance, LogProbCoefficients, NoiseKeys, RatioBias, StepCoefficients
 from realign_kernels.clip_preprocess.api import clip_preprocess
 from realign_kernels.clip_score.api import clip_score
+from realign_kernels.decode_attention.api import decode_attention
 from realign_kernels.flow_step.api import flow_step
 from realign_kernels.group_advantage.api import group_advantage
 from realign_kernels.group_advantage.reference import AdvantageRule, GroupAdvantages
@@ -37,6 +38,7 @@ __all__ = [
     "VelocityKL",
     "clip_preprocess",
     "clip_score",
+    "decode_attention",
     "flow_step",
     "group_advantage",
     "grpo_loss",

@@ -35,6 +35,12 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} {'is' if name == 'dtype' else 'has dtype'} {dtype}: must be {DTYPE_NAMES}")
 
 
+def check_no_gradient(op: str, *tensors: Tensor) -> None:
+    """Raise ValueError if a gradient is wanted of an op that has none on any path."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError(f"{op}: a tensor requires a gradient, and this op has none: use torch.no_grad()")
+
+
 def check_like(name: str, tensor: Tensor, first_name: str, first: Tensor, *, same_dtype: bool = True) -> None:
     """Raise ValueError unless `tensor` has the shape, device and (if asked) dtype of `first`."""
     if tensor.shape != first.shape:
