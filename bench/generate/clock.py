@@ -76,9 +76,9 @@ def _name_reading(reader: Any, readings: Any) -> str:
 ENGINE_PLACES = (
     ("realign.runtime.reader", "Reader.read", _name_reading),
     ("realign.runtime.reader", "Reader.finish", _always("rereading")),
-    ("realign.runtime.engine", "decode_text", _always("reasoning")),
-    ("realign.runtime.engine", "denoise", _always("denoising")),
-    ("realign.runtime.engine", "decode_pictures", _always("autoencoder")),
+    ("realign.runtime.stages", "decode_text", _always("reasoning")),
+    ("realign.runtime.stages", "denoise", _always("denoising")),
+    ("realign.runtime.stages", "decode_pictures", _always("autoencoder")),
     ("realign.model.autoencoder", "Autoencoder.encode", _always("autoencoder")),
     ("realign.model.autoencoder", "Autoencoder.decode", _always("autoencoder")),
 )

@@ -35,8 +35,10 @@ from realign.runtime.context import (
     extend,
     latent_position_ids,
 )
-from realign.runtime.engine import Draw, Engine, Operation, decode_pictures
+from realign.runtime.engine import Engine
 from realign.runtime.guidance import Branch
+from realign.runtime.operations import Draw, Operation
+from realign.runtime.pictures import decode_pictures
 from realign.runtime.prepare import PreparedPicture, crop_picture, resized_size
 from realign.runtime.request import ImagePart, Prompt, Request, Sample, TextPart
 from realign.runtime.sampler import DenoiseJob, denoise

@@ -17,8 +17,9 @@ from typing import Any
 from realign.model.config import BagelConfig
 from realign.reasoning.prompts import SYSTEM_TEXTS
 from realign.reasoning.schemas import ICCoT, parse_iccot
-from realign.runtime.engine import Draw, Operation, Read, Reading, Write
 from realign.runtime.guidance import Branch
+from realign.runtime.operations import Draw, Operation, Read, Write
+from realign.runtime.reader import Reading
 from realign.runtime.request import Part, Prompt, Reasoning, Request, Sample, TextPart, TextTurn, Trajectory
 from realign.runtime.settings import GuidanceSettings
 

@@ -169,6 +169,22 @@ class Reader:
                 names += [(kind, self._digest(part)) for kind in ("vae", "vit")]
         return names
 
+    def measure(self, reading: Reading) -> dict[int, int]:
+        """Tokens of each block that is to be read, by a number for it and all that was read before it.
+
+        Equal numbers are the same work. (They are hashes; two that meet by chance cost an estimate, no more.)
+        """
+        place, lengths = id(reading.start) if reading.start.length else 0, {}
+        for name in self.name_blocks(reading.parts):
+            place = hash((place, name))
+            lengths[place] = self._count_tokens(name)
+        return lengths
+
+    def count_held(self) -> int:
+        """Tokens whose keys and values somebody holds, each once."""
+        contexts = [*self.reached.values(), *self.shared.values()]
+        return sum(segment.length for segment in {s for context in contexts for s in context.segments})
+
     def _extend(self, steps: Sequence[Step]) -> dict[Step, Context]:
         """Extend each context by its block, in parts that fit the memory bound."""
         blocks = [self._find_block(name) for _, name in steps]
@@ -207,6 +223,19 @@ class Reader:
     def _find_block(self, name: BlockName) -> Block:
         kind, what = name
         return TextBlock(what) if kind == "text" else self.pictures[what].blocks[kind]
+
+    def _count_tokens(self, name: BlockName) -> int:
+        """The length of a block, which need not be there yet; its picture must be."""
+        kind, what = name
+        if kind == "text":
+            return len(what)
+        config, prepared = self.model.config, self.pictures[what].prepared
+        pixels, patch = (
+            (prepared.vae_CHW, config.latent_stride)
+            if kind == "vae"
+            else (prepared.vit_CHW, config.vit.patch_size)
+        )
+        return (pixels.shape[1] // patch) * (pixels.shape[2] // patch) + 2
 
     def _build_blocks(self, names: Sequence[BlockName]) -> None:
         """Encode every picture whose block is not there yet, in batches."""

@@ -9,10 +9,12 @@ from PIL import Image
 from realign.reasoning.programs import PROGRAMS, describe_untrained
 from realign.reasoning.prompts import IC_COT, THINK
 from realign.runtime.context import build_text_block, build_vae_blocks, build_vit_blocks, extend
-from realign.runtime.engine import Draw, Drawn, Engine, Read, Write
+from realign.runtime.engine import Engine
 from realign.runtime.kv import Context
 from realign.runtime.noise import NoiseKey
+from realign.runtime.operations import Draw, Drawn, Read, Write
 from realign.runtime.prepare import crop_picture
+from realign.runtime.reader import Reading
 from realign.runtime.request import ImagePart, Prompt, Request, TextPart, TextTurn
 from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
 from realign.runtime.text import Written
@@ -125,7 +127,7 @@ def test_the_engine_reads_what_the_program_says(model):
     seen = []
 
     def program(request):
-        contexts = yield Read(tuple(_reading(request.prompt.parts, cut) for cut in (None, -1)))
+        contexts = yield Read(tuple(Reading(request.prompt.parts[:cut]) for cut in (None, -1)))
         seen.append((request, contexts))
         return None
 
@@ -147,12 +149,6 @@ def test_the_engine_reads_what_the_program_says(model):
 
 def _part(value):
     return TextPart(value) if isinstance(value, str) else ImagePart(value)
-
-
-def _reading(parts, cut):
-    from realign.runtime.engine import Reading
-
-    return Reading(parts[:cut])
 
 
 def check_context(model, context, parts):

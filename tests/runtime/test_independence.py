@@ -46,9 +46,9 @@ def test_in_other_company(engine, mixed_requests, alone):
     check_same(engine.run([mixed_requests[2]] * 3 + mixed_requests[:1]), alone)
 
 
-@pytest.mark.parametrize("max_cache_bytes", [1, 60_000])
-def test_in_parts_that_fit_the_memory_bound(model, mixed_requests, alone, max_cache_bytes):
-    bounded = Engine(model, PROGRAMS, prepare=crop_picture, max_cache_bytes=max_cache_bytes)
+@pytest.mark.parametrize("memory_bytes", [1, 60_000])
+def test_in_parts_that_fit_the_memory_bound(model, mixed_requests, alone, memory_bytes):
+    bounded = Engine(model, PROGRAMS, prepare=crop_picture, memory_bytes=memory_bytes)
     check_same(bounded.run(mixed_requests), alone)
 
 

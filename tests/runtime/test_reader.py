@@ -95,4 +95,4 @@ def test_what_was_read_is_found_as_long_as_it_is_held(model, monkeypatch):
     assert len(reader.reached) == 3
     del short, long
     gc.collect()
-    assert not (reader.reached or reader.pictures)
+    assert not [*reader.reached, *reader.shared, *reader.pictures]

@@ -1,0 +1,217 @@
+"""The four kinds of work that requests wait for, each done for many of them in one call.
+
+Reading and writing give contexts, drawing latents, decoding pictures. A stage says what a waiting request
+adds to a call, and carries out a call; which requests go into it is the stream's to choose.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from realign.model.bagel import Bagel
+from realign.runtime.attention import Backend
+from realign.runtime.attention.rows import padded_length
+from realign.runtime.budget import Costs
+from realign.runtime.kv import Context
+from realign.runtime.noise import NoiseKey
+from realign.runtime.operations import Draw, Drawn, Read, Write
+from realign.runtime.pictures import decode_pictures
+from realign.runtime.planner import Load
+from realign.runtime.reader import Reader
+from realign.runtime.request import ImagePart
+from realign.runtime.sampler import DenoiseJob, denoise, num_latent_tokens
+from realign.runtime.schedule import Schedule
+from realign.runtime.session import Denoised, Session
+from realign.runtime.text import Written, decode_text, slot_size
+
+build_schedule = lru_cache(maxsize=64)(Schedule.build)
+
+
+class Stage(ABC):
+    """One kind of work.
+
+    Attributes:
+        name: for messages: what is done.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, model: Bagel, costs: Costs) -> None:
+        self.model, self.costs = model, costs
+
+    @abstractmethod
+    def is_next(self, session: Session) -> bool:
+        """Whether the session waits for this."""
+
+    @abstractmethod
+    def measure(self, session: Session) -> Load:
+        """What the session adds to a call."""
+
+    @abstractmethod
+    def carry_out(self, sessions: Sequence[Session], room: int) -> list[Any]:
+        """One result for each session; as far as the work can be cut, no more than `room` bytes at a time."""
+
+    def deliver(self, session: Session, result: Any) -> None:
+        """Let the session go on."""
+        session.resume(result)
+
+
+class ReadStage(Stage):
+    """Prompts to contexts; what several read alike is read once."""
+
+    name = "reading"
+
+    def __init__(self, model: Bagel, costs: Costs, reader: Reader) -> None:
+        super().__init__(model, costs)
+        self.reader = reader
+        self.loads: WeakKeyDictionary[Read, Load] = WeakKeyDictionary()
+
+    def is_next(self, session: Session) -> bool:
+        return isinstance(session.waiting, Read)
+
+    def measure(self, session: Session) -> Load:
+        """Neighbours are those that begin alike."""
+        read = session.waiting
+        if read not in self.loads:
+            parts = (part for reading in read.readings for part in reading.parts)
+            session.pictures = tuple(self.reader.meet(p) for p in parts if isinstance(p, ImagePart))
+            lengths: dict[int, int] = {}
+            for reading in read.readings:
+                lengths.update(self.reader.measure(reading))
+            shares = {place: self._token_bytes * length for place, length in lengths.items()}
+            names = [name for reading in read.readings for name in self.reader.name_blocks(reading.parts)]
+            self.loads[read] = Load(tuple(names), shares, sum(lengths.values()))
+        return self.loads[read]
+
+    def carry_out(self, sessions: Sequence[Session], room: int) -> list[list[Context]]:
+        self.reader.max_tokens = room // self._token_bytes
+        readings = [session.waiting.readings for session in sessions]
+        contexts = iter(self.reader.read([reading for own in readings for reading in own]))
+        return [[next(contexts) for _ in own] for own in readings]
+
+    def deliver(self, session: Session, result: list[Context]) -> None:
+        session.pictures = ()
+        super().deliver(session, result)
+
+    @property
+    def _token_bytes(self) -> int:
+        return self.costs.kv_token + self.costs.forward_token
+
+
+class WriteStage(Stage):
+    """Texts after contexts; rows that end make room for others, so that all go into one call."""
+
+    name = "writing"
+
+    def __init__(self, model: Bagel, costs: Costs, reader: Reader) -> None:
+        super().__init__(model, costs)
+        self.reader = reader
+
+    def is_next(self, session: Session) -> bool:
+        return isinstance(session.waiting, Write)
+
+    def measure(self, session: Session) -> Load:
+        size = slot_size(session.waiting.context, session.request.settings.text)
+        row = self.costs.forward_token + self.costs.scores_row
+        return Load((size,), {session: size * self.costs.kv_token + row}, 1)
+
+    def carry_out(self, sessions: Sequence[Session], room: int) -> list[Written]:
+        contexts = [session.waiting.context for session in sessions]
+        settings = [session.request.settings.text for session in sessions]
+        requests = [session.request for session in sessions]
+        keys = [
+            NoiseKey(request.seed, request.id, session.waiting.turn, "text")
+            for request, session in zip(requests, sessions, strict=True)
+        ]
+        slot = max(map(slot_size, contexts, settings))
+        row = max(sum(self.measure(session).shares.values()) for session in sessions)
+        max_tokens = slot * max(1, room // row)
+        self.reader.max_tokens = room // (self.costs.kv_token + self.costs.forward_token)
+        written = decode_text(self.model, contexts, settings, keys, max_tokens, self.reader.backend)
+        return self.reader.finish(contexts, written)
+
+
+class DrawStage(Stage):
+    """From noise to latents.
+
+    Args:
+        keep_steps: keep the latents of every step.
+    """
+
+    name = "drawing"
+
+    def __init__(self, model: Bagel, costs: Costs, backend: Backend | None, keep_steps: bool) -> None:
+        super().__init__(model, costs)
+        self.backend, self.keep_steps = backend, keep_steps
+
+    def is_next(self, session: Session) -> bool:
+        return isinstance(session.waiting, Draw) and session.denoised is None
+
+    def measure(self, session: Session) -> Load:
+        """Neighbours end their steps together, and have pictures and contexts of like sizes."""
+        settings, contexts = session.request.settings, [b.context for b in session.waiting.branches]
+        size = num_latent_tokens(self.model, *session.size) + 2
+        held = sum(padded_length(context.tail_length) for context in contexts)
+        num_tokens = len(contexts) * size
+        num_bytes = (held + num_tokens) * self.costs.kv_token + num_tokens * self.costs.forward_token
+        order = (settings.num_timesteps, *session.size, len(contexts), contexts[0].length)
+        return Load(order, {session: num_bytes}, num_tokens)
+
+    def carry_out(self, sessions: Sequence[Session], room: int) -> list[Denoised]:
+        jobs = [_build_job(session) for session in sessions]
+        steps: list[list[Tensor]] = [[] for _ in jobs]
+
+        def keep(step: int, current: list[Tensor | None]) -> None:
+            for own, latent_LC in zip(steps, current, strict=True):
+                if latent_LC is not None:
+                    own.append(latent_LC.cpu())
+
+        latents = denoise(self.model, jobs, keep if self.keep_steps else None, self.backend)
+        return [Denoised(*made) for made in zip(jobs, latents, map(tuple, steps), strict=True)]
+
+    def deliver(self, session: Session, result: Denoised) -> None:
+        session.denoised = result
+
+
+class DecodeStage(Stage):
+    """Latents to pictures."""
+
+    name = "decoding"
+
+    def is_next(self, session: Session) -> bool:
+        return session.denoised is not None
+
+    def measure(self, session: Session) -> Load:
+        height, width = session.size
+        return Load(session.size, {session: height * width * self.costs.pixel})
+
+    def carry_out(self, sessions: Sequence[Session], room: int) -> list[Drawn]:
+        denoised = [session.denoised for session in sessions]
+        jobs, latents = [one.job for one in denoised], [one.latent_LC for one in denoised]
+        images = decode_pictures(self.model, jobs, latents)
+        return [
+            Drawn(image, one.job.key, one.latent_LC.cpu(), one.steps)
+            for image, one in zip(images, denoised, strict=True)
+        ]
+
+    def deliver(self, session: Session, result: Drawn) -> None:
+        session.denoised = None
+        super().deliver(session, result)
+
+
+def _build_job(session: Session) -> DenoiseJob:
+    request, settings = session.request, session.request.settings
+    return DenoiseJob(
+        session.waiting.branches,
+        *session.size,
+        build_schedule(settings.num_timesteps, settings.timestep_shift),
+        settings.guidance,
+        NoiseKey(request.seed, request.id, session.waiting.picture, "initial"),
+        session.waiting.noise_LC,
+    )
