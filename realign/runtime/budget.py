@@ -14,6 +14,8 @@ from realign.model.bagel import Bagel
 CPU_BYTES = 2 * 2**30
 # Of a CUDA device's memory, left for workspaces, recorded graphs and what fragments leave unused.
 RESERVED_SHARE = 0.05
+# Measured over derived, of what a forward and the autoencoder hold: copies between experts, layouts, scores.
+MARGIN = 2
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 _SHORTAGES = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
@@ -39,6 +41,11 @@ class Costs:
     scores_row: int
     pixel: int
 
+    @property
+    def read_token(self) -> int:
+        """Of a token that is read: its keys and values are there twice for a while, recorded and cut out."""
+        return 2 * self.kv_token + self.forward_token
+
     @classmethod
     def of(cls, model: Bagel) -> Costs:
         llm, size = model.config.llm, model.dtype.itemsize
@@ -52,10 +59,10 @@ class Costs:
         widest = flux.ch * max(flux.ch_mult[:2])
         return cls(
             kv_token=2 * llm.num_hidden_layers * key * size,
-            forward_token=(3 * llm.hidden_size + max(mlp, attention)) * size,
+            forward_token=MARGIN * (3 * llm.hidden_size + max(mlp, attention)) * size,
             # float64 weights, sorted, with their order and sums
             scores_row=llm.vocab_size * (size + 4 + 6 * 8),
-            pixel=3 * widest * size,
+            pixel=MARGIN * 3 * widest * size + flux.out_ch * (size + 4),
         )
 
 

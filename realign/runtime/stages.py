@@ -84,13 +84,13 @@ class ReadStage(Stage):
             lengths: dict[int, int] = {}
             for reading in read.readings:
                 lengths.update(self.reader.measure(reading))
-            shares = {place: self._token_bytes * length for place, length in lengths.items()}
+            shares = {place: self.costs.read_token * length for place, length in lengths.items()}
             names = [name for reading in read.readings for name in self.reader.name_blocks(reading.parts)]
             self.loads[read] = Load(tuple(names), shares, sum(lengths.values()))
         return self.loads[read]
 
     def carry_out(self, sessions: Sequence[Session], room: int) -> list[list[Context]]:
-        self.reader.max_tokens = room // self._token_bytes
+        self.reader.max_tokens = room // self.costs.read_token
         readings = [session.waiting.readings for session in sessions]
         contexts = iter(self.reader.read([reading for own in readings for reading in own]))
         return [[next(contexts) for _ in own] for own in readings]
@@ -98,10 +98,6 @@ class ReadStage(Stage):
     def deliver(self, session: Session, result: list[Context]) -> None:
         session.pictures = ()
         super().deliver(session, result)
-
-    @property
-    def _token_bytes(self) -> int:
-        return self.costs.kv_token + self.costs.forward_token
 
 
 class WriteStage(Stage):
@@ -132,7 +128,7 @@ class WriteStage(Stage):
         slot = max(map(slot_size, contexts, settings))
         row = max(sum(self.measure(session).shares.values()) for session in sessions)
         max_tokens = slot * max(1, room // row)
-        self.reader.max_tokens = room // (self.costs.kv_token + self.costs.forward_token)
+        self.reader.max_tokens = room // self.costs.read_token
         written = decode_text(self.model, contexts, settings, keys, max_tokens, self.reader.backend)
         return self.reader.finish(contexts, written)
 

@@ -139,12 +139,12 @@ def test_a_function_that_is_gone_is_named(monkeypatch):
 
 
 def test_the_engine_is_left_as_it_was():
-    from realign.runtime import engine
+    from realign.runtime import stages
 
-    before = engine.denoise
+    before = stages.denoise
     with watch_engine(Clock()):
-        assert engine.denoise is not before
-    assert engine.denoise is before
+        assert stages.denoise is not before
+    assert stages.denoise is before
 
 
 def test_turns_on_a_gpu_are_timed_or_clocked():
