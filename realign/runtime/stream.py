@@ -58,7 +58,7 @@ class Stream:
         costs = Costs.of(model)
         self.kv_token = costs.kv_token
         self.budget = Budget(engine.memory_bytes or find_free_bytes(model.device), engine.lowered)
-        self.reader = Reader(model, engine.prepare, 0, engine.backend)
+        self.reader = Reader(model, engine.prepare, 0, engine.backend, engine.run_tokens)
         self.read = ReadStage(model, costs, self.reader)
         self.write = WriteStage(model, costs, self.reader)
         self.draw = DrawStage(model, costs, engine.backend, engine.keep_steps)
