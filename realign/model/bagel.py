@@ -6,6 +6,7 @@ channels), `V` vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -26,6 +27,10 @@ class Bagel(nn.Module):
 
     `Bagel(config)` is initialised for training from scratch, and has no tokenizer until one is set;
     `Bagel.from_pretrained(folder)` has both.
+
+    Attributes:
+        weights_version: how often the weights were changed in place (`announce_weights`).
+        on_weights_changed: called with the names of the parameters that were; for what is derived from them.
     """
 
     def __init__(self, config: BagelConfig) -> None:
@@ -33,6 +38,8 @@ class Bagel(nn.Module):
         width = config.llm.hidden_size
         self.config = config
         self.tokenizer: Tokenizer | None = None
+        self.weights_version = 0
+        self.on_weights_changed: list[Callable[[Collection[str]], None]] = []
         self.embed_tokens = nn.Embedding(config.llm.vocab_size, width)
         self.decoder = MixtureOfTransformers(config.llm)
         self.lm_head = None
@@ -79,6 +86,16 @@ class Bagel(nn.Module):
         self.config.save(folder)
         self.tokenizer.save(folder)
         weights.save_weights(self, Path(folder))
+
+    def announce_weights(self, names: Collection[str]) -> int:
+        """Say that parameters were written in place: what was computed with them is of an old version.
+
+        Returns: the new version.
+        """
+        self.weights_version += 1
+        for listener in self.on_weights_changed:
+            listener(names)
+        return self.weights_version
 
     @property
     def device(self) -> torch.device:

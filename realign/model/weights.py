@@ -77,7 +77,7 @@ def published_name(name: str) -> str:
     return f"{_MODULES.get(module, module)}.{leaf}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """What a published tensor is of our parameters: some rows of one.
 

@@ -21,7 +21,7 @@ from realign.model.bagel import Bagel, patchify_latent, patchify_pixels
 from realign.model.embeddings import flattened_position_ids
 from realign.model.mot import Route
 from realign.runtime.attention import Backend, ContextAttention
-from realign.runtime.kv import Context, Segment
+from realign.runtime.kv import Context, Segment, check_current
 
 MAX_ENCODE_PIXELS = 2**21
 # Tokens of a text that are read at once: the mask of a forward is as large as this times the context.
@@ -150,6 +150,7 @@ def extend(
     """Let each context read its block: one packed forward. Blocks of all kinds may be mixed."""
     if not blocks:
         return []
+    check_current(contexts, model)
     lengths = [block.length for block in blocks]
     starts = [context.next_position for context in contexts]
     position_L = torch.cat(
@@ -171,7 +172,7 @@ def extend(
     ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     segments = [recorder.segment(start, end) for start, end in pairwise(ends)]
     return [
-        context.extended(segment, block.num_positions)
+        context.extended(segment, block.num_positions, model.weights_version)
         for context, segment, block in zip(contexts, segments, blocks, strict=True)
     ]
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import lru_cache
 
 from PIL import Image
+from torch import Tensor
 
 from realign.model.bagel import Bagel
 from realign.model.config import BagelConfig
 from realign.runtime.attention import find_backend
 from realign.runtime.operations import Program
 from realign.runtime.prepare import PreparedPicture, fit_picture
+from realign.runtime.publish import LoRA, Publisher
 from realign.runtime.reader import MetPicture, Reader
 from realign.runtime.request import ImagePart, Request, Sample, TextPart
 from realign.runtime.stream import Stream, StreamOptions
@@ -60,6 +63,7 @@ class Engine:
     ) -> None:
         self.model, self.programs, self.prepare = model, programs, prepare
         self.memory_bytes, self.keep_steps, self.run_tokens = memory_bytes, keep_steps, run_tokens
+        self.publisher = Publisher(model)
         self.backend = find_backend(model.device, attention)
         self.lowered: dict[str, int] = {}
         self.report: Callable[[str], object] = warnings.warn
@@ -71,8 +75,9 @@ class Engine:
             fit, or more text than the model has positions for. MemoryShortage for a request that needs more
             memory than there is.
         """
-        self._check_all(requests)
-        samples = dict(self._iterate(requests, options))
+        with self.publisher.in_use():
+            self._check_all(requests)
+            samples = dict(self._iterate(requests, options))
         return [samples[number] for number in range(len(requests))]
 
     def stream(self, requests: Iterable[Request], options: StreamOptions = DEFAULTS) -> Iterator[Sample]:
@@ -87,11 +92,19 @@ class Engine:
             yield sample
 
     def _iterate(self, requests: Iterable[Request], options: StreamOptions) -> Iterator[tuple[int, Sample]]:
-        stream = Stream(self, requests, options)
-        try:
+        with self.publisher.in_use(), closing(Stream(self, requests, options)) as stream:
             yield from stream
-        finally:
-            stream.close()
+
+    def publish(
+        self, weights: Mapping[str, Tensor] | None = None, lora: Mapping[str, LoRA] | None = None
+    ) -> int:
+        """Run on new weights from now on: `Publisher.publish`; not while a stream is read."""
+        return self.publisher.publish(weights, lora)
+
+    @property
+    def weights_version(self) -> int:
+        """How often weights were published."""
+        return self.model.weights_version
 
     def _check_all(self, requests: Sequence[Request]) -> None:
         meet = lru_cache(maxsize=PICTURES_KEPT)(Reader(self.model, self.prepare, 0).meet)

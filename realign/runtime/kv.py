@@ -5,11 +5,13 @@ N layers, L tokens, K key-value heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from realign.model.bagel import Bagel
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +36,14 @@ class Context:
         next_position: the rotary position of what is read next.
         num_runs: so many of the first segments are runs, which rows attend to together where they share
             them; the others are the tail, which each row attends to by itself.
+        weights_version: of the weights that it was read with.
     """
 
     segments: tuple[Segment, ...] = ()
     length: int = 0
     next_position: int = 0
     num_runs: int = 0
+    weights_version: int = 0
 
     @property
     def runs(self) -> tuple[Segment, ...]:
@@ -61,14 +65,26 @@ class Context:
         """[L, K, D]"""
         return torch.cat([segment.value_NLKD[layer] for segment in self.segments])
 
-    def extended(self, segment: Segment, num_positions: int) -> Context:
+    def extended(self, segment: Segment, num_positions: int, weights_version: int = 0) -> Context:
         """The context after the tokens of a segment, which take so many rotary positions."""
+        assert not self.length or self.weights_version == weights_version
         return replace(
             self,
             segments=(*self.segments, segment),
             length=self.length + segment.length,
             next_position=self.next_position + num_positions,
+            weights_version=weights_version,
         )
+
+
+def check_current(contexts: Iterable[Context], model: Bagel) -> None:
+    """Raise ValueError for a context that was read with other weights than the model has now."""
+    for context in contexts:
+        if context.length and context.weights_version != model.weights_version:
+            raise ValueError(
+                f"a context was read with version {context.weights_version} of the weights, the model has "
+                f"version {model.weights_version} now: read its prompt again"
+            )
 
 
 def join_runs(contexts: Sequence[Context], counts: Sequence[int], least: int) -> list[Context]:

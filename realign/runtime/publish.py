@@ -47,12 +47,12 @@ class Publisher:
 
     def __init__(self, model: Bagel) -> None:
         self.model = model
-        self.state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         self.parts: dict[str, list[Part]] = {}
         for published, part in list_parts(model).items():
             for name in {published, part.name, part.parameter}:
                 self.parts.setdefault(name, []).append(part)
         self.bases: dict[Part, Tensor] = {}  # of the weights that adapters are merged into
+        self._state: dict[str, Tensor] = {}
         self._lock, self._num_users = threading.Lock(), 0
 
     @contextmanager
@@ -83,12 +83,14 @@ class Publisher:
         with self._lock:
             if self._num_users:
                 raise ValueError("a batch is running: publish weights before it or after it")
+            self._state = self.model.state_dict()
             given = self._find_weights(weights or {})
             adapters = self._find_adapters(lora or {})
             bases = {part: self._find_base(part, given) for part in adapters}
-            merges = [_Merge(self._rows(part), bases[part], adapter) for part, adapter in adapters.items()]
+            merges = [_Merge.build(self._rows(part), bases[part], adapters[part]) for part in adapters]
             scratch = _make_scratch(merges)
-            ended = [part for part in self.bases if part not in adapters and (lora is not None or part in given)]
+            old = [part for part in self.bases if part not in adapters]
+            ended = [part for part in old if lora is not None or part in given]
             for part in ended:
                 self._rows(part).copy_(self.bases.pop(part))
             for part, tensor in given.items():
@@ -100,7 +102,7 @@ class Publisher:
             return self.model.announce_weights(changed)
 
     def _rows(self, part: Part) -> Tensor:
-        return part.of(self.state)
+        return part.of(self._state)
 
     def _find_base(self, part: Part, given: Mapping[Part, Tensor]) -> Tensor:
         """What an adapter is merged into: new memory, unless an earlier one's base is still it."""
@@ -114,7 +116,7 @@ class Publisher:
         for name, tensor in weights.items():
             parts = self._find_parts(name, name, found)
             if len(parts) > 1:
-                _check(name, tensor, self.state[parts[0].parameter].shape)
+                _check(name, tensor, self._state[parts[0].parameter].shape)
                 found.update({part: tensor[part.rows] for part in parts})
             else:
                 _check(name, tensor, self._rows(parts[0]).shape)
@@ -151,19 +153,22 @@ class Publisher:
 
 @dataclass(frozen=True, eq=False)
 class _Merge:
-    """An adapter, its base and where the sum goes: all that is needed to write it, in memory."""
+    """Where `base + scale * up @ down` goes, and all that it takes, on the model's device."""
 
     rows_OI: Tensor
     base_OI: Tensor
-    adapter: LoRA
+    up_OR: Tensor
+    down_RI: Tensor
+    scale: float
 
-    def __post_init__(self) -> None:
-        wide = [t.to(self.rows_OI.device, torch.float32) for t in (self.adapter.up_OR, self.adapter.down_RI)]
-        object.__setattr__(self, "factors", wide)
+    @classmethod
+    def build(cls, rows_OI: Tensor, base_OI: Tensor, adapter: LoRA) -> _Merge:
+        up_OR, down_RI = (t.to(rows_OI.device, torch.float32) for t in (adapter.up_OR, adapter.down_RI))
+        return cls(rows_OI, base_OI, up_OR, down_RI, adapter.scale)
 
     def write(self, scratch: Tensor) -> None:
         sum_OI = scratch[: self.rows_OI.numel()].view(self.rows_OI.shape).copy_(self.base_OI)
-        self.rows_OI.copy_(sum_OI.addmm_(*self.factors, alpha=self.adapter.scale))
+        self.rows_OI.copy_(sum_OI.addmm_(self.up_OR, self.down_RI, alpha=self.scale))
 
 
 def _make_scratch(merges: Sequence[_Merge]) -> Tensor | None:

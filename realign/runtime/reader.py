@@ -82,16 +82,23 @@ class Reader:
         self.run_tokens = RUN_TOKENS[model.device.type] if run_tokens is None else run_tokens
         self.start = Context()
         self.digests: WeakKeyDictionary[ImagePart, str] = WeakKeyDictionary()
+        self._forget()
+        self.name_text = lru_cache(maxsize=TEXTS_KEPT)(self._name_text)
+
+    def _forget(self) -> None:
+        """Begin with nothing read, by the weights that the model has now."""
+        self.weights_version = self.model.weights_version
         self.pictures: WeakValueDictionary[str, MetPicture] = WeakValueDictionary()
         self.reached: WeakValueDictionary[Step, Context] = WeakValueDictionary()
         self.shared: WeakValueDictionary[Way, Context] = WeakValueDictionary()
-        self.name_text = lru_cache(maxsize=TEXTS_KEPT)(self._name_text)
 
     def read(self, readings: Sequence[Reading]) -> list[Context]:
         """The context that each reading ends with.
 
         All that it reads before a closing text becomes a run: what branches and samples of a prompt share.
         """
+        if self.weights_version != self.model.weights_version:
+            self._forget()
         met = {part: self.meet(part) for one in readings for part in one.parts if isinstance(part, ImagePart)}
         names = [tuple(self.name_blocks(reading.parts)) for reading in readings]
         starts = [reading.start if reading.start.length else self.start for reading in readings]

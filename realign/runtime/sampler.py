@@ -23,6 +23,7 @@ from realign.runtime.attention import Backend, ContextAttention, order_rows
 from realign.runtime.context import embed_markers, latent_position_ids
 from realign.runtime.graphs import MAX_GRAPH_TOKENS, CapturedStep
 from realign.runtime.guidance import KINDS, Branch
+from realign.runtime.kv import check_current
 from realign.runtime.noise import NoiseKey, normals, stack_keys
 from realign.runtime.schedule import Schedule
 from realign.runtime.settings import GuidanceSettings
@@ -100,6 +101,7 @@ def denoise(
     """
     if not jobs:
         return []
+    check_current((branch.context for job in jobs for branch in job.branches), model)
     order = sorted(range(len(jobs)), key=lambda index: -jobs[index].schedule.num_steps)
     ordered = [jobs[index] for index in order]
     latents = build_noise(model, ordered)

@@ -17,7 +17,7 @@ from realign.model.bagel import Bagel
 from realign.runtime.attention import Backend
 from realign.runtime.decoder import MIN_ROOM, TextDecoder
 from realign.runtime.graphs import CapturedStep
-from realign.runtime.kv import Context, Segment
+from realign.runtime.kv import Context, Segment, check_current
 from realign.runtime.noise import NoiseKey, token_uniforms
 from realign.runtime.request import TextTurn
 from realign.runtime.settings import TextSettings
@@ -59,6 +59,7 @@ def decode_text(
             beside the runs that they share; others wait for their places.
         backend: of attention to runs.
     """
+    check_current(contexts, model)
     rows = [_Row(*given) for given in zip(contexts, settings, keys, strict=True)]
     if rows:
         _Writer(model, rows, max_tokens, backend).run()
@@ -104,7 +105,7 @@ class _Row:
         spoken = self.ids[: self.ids.index(bos)] if bos in self.ids else self.ids
         turn = TextTurn(tuple(self.ids), model.tokenizer.decode(spoken), self.has_stopped)
         tokens = (bos, *self.ids, model.tokenizer.eos)
-        context = self.context.extended(self.segment, self.num_read)
+        context = self.context.extended(self.segment, self.num_read, model.weights_version)
         return Written(turn, context, tokens[self.num_read :])
 
 
