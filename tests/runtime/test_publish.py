@@ -308,6 +308,15 @@ def test_a_publish_while_a_batch_runs_is_refused(mixed_requests: list[Request]) 
     assert engine.publish(before) == 1
 
 
+def test_a_stream_that_is_read_is_a_running_batch(engine: Engine, mixed_requests: list[Request]) -> None:
+    weights, stream = draw_weights(engine), engine.stream(mixed_requests)
+    next(stream)
+    with pytest.raises(ValueError, match="a batch is running"):
+        engine.publish(weights)
+    stream.close()
+    assert engine.publish(weights) == 1
+
+
 def test_listeners_are_told_what_changed(engine: Engine) -> None:
     told = []
     engine.model.on_weights_changed.append(lambda names: told.append(set(names)))
