@@ -11,7 +11,7 @@ from realign.cli.console import UsageError
 from realign.data.readers import MAX_SEED
 from realign.model.config import REASONING_MODES, RENORMS
 from realign.runtime.options import GenerateOptions
-from realign.runtime.settings import ATTENTION_BACKENDS
+from realign.runtime.settings import ATTENTION_BACKENDS, MAX_ORDER
 
 DTYPES = ("float32", "bfloat16")
 PROMPT_FORMATS = ("auto", "txt", "jsonl", "geneval")
@@ -34,6 +34,10 @@ class PictureOptions(GenerateOptions):
         _check_range("--temperature", self.temperature, 0.0)
         _check_range("--max-reasoning-tokens", self.max_reasoning_tokens, 1)
         _check_range("--seed", self.seed, 0, MAX_SEED)
+        _check_range("--cache-interval", self.cache_interval, 1)
+        _check_range("--cache-order", self.cache_order, 0, MAX_ORDER)
+        _check_range("--cache-first", self.cache_first, 1)
+        _check_range("--reuse-guidance-below", self.reuse_guidance_below, 0.0, 1.0)
         _check_positive("--timestep-shift", self.timestep_shift)
         _check_positive("--top-p", self.top_p, 1.0)
         low, high = self.guidance_interval
@@ -99,12 +103,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch-size", type=int, metavar="N", help="pictures at a time; no picture depends on it (16)"
     )
-    for title, fields in PICTURE_ARGUMENTS.items():
-        group = parser.add_argument_group(title)
-        for name, (metavar, meaning) in fields.items():
-            _add_field(group, name, metavar, meaning)
+    for title in PICTURE_ARGUMENTS:
+        add_picture_arguments(parser, title)
 
 
+def add_picture_arguments(parser: argparse.ArgumentParser, title: str) -> None:
+    """One group of `PICTURE_ARGUMENTS`."""
+    group = parser.add_argument_group(title)
+    for name, (metavar, meaning) in PICTURE_ARGUMENTS[title].items():
+        _add_field(group, name, metavar, meaning)
+
+
+CACHING = "step caching (off by default; `realign compare` measures what it costs)"
 # By group of the help: the fields of PictureOptions, each with its metavar (or choices) and its meaning.
 PICTURE_ARGUMENTS = {
     "pictures": {
@@ -121,6 +131,12 @@ PICTURE_ARGUMENTS = {
         "guidance_interval": (("LOW", "HIGH"), "guide while LOW < t <= HIGH; t = 1 is noise"),
         "guidance_renorm": (RENORMS, "what the guided velocity's norm is held to"),
         "guidance_renorm_min": ("S", "the least factor of renorm"),
+    },
+    CACHING: {
+        "cache_interval": ("N", "compute every Nth step, forecast the others; 1 is off"),
+        "cache_order": ("N", "of the forecast: 0 repeats, 1 goes straight on"),
+        "cache_first": ("N", "so many first steps are computed"),
+        "reuse_guidance_below": ("T", "where t <= T, guidance adds what it last added; 0 is off"),
     },
     "reasoning": {
         "reasoning": (REASONING_MODES, "what is written before the picture"),

@@ -39,12 +39,13 @@ class Write:
 class Draw:
     """Gives a `Drawn`; `picture` numbers a request's pictures, for their noise.
 
-    `noise_LC` is initial noise to take instead, float32 [tokens, C].
+    `noise_LC` is initial noise to take instead, float32 [tokens, C]; `replayed` the latents before each step.
     """
 
     branches: tuple[Branch, ...]
     picture: int = 0
     noise_LC: Tensor | None = None
+    replayed: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
 from realign.model.config import REASONING_MODES
-from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
+from realign.runtime.settings import CachingSettings, GuidanceSettings, Settings, TextSettings
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class GenerateOptions:
     """What decides a picture beside prompt and seed, by the names of the command line and of Python.
 
     `height`, `width` in pixels, None for the model's own rule; `steps` are timesteps (N - 1 denoising steps);
-    `temperature` 0 is greedy.
+    `temperature` 0 is greedy; `cache_*` and `reuse_guidance_below` are `CachingSettings`.
     """
 
     reasoning: str = "none"
@@ -31,6 +31,10 @@ class GenerateOptions:
     temperature: float = 0.0
     top_p: float = 1.0
     max_reasoning_tokens: int = 512
+    cache_interval: int = 1
+    cache_order: int = 1
+    cache_first: int = 5
+    reuse_guidance_below: float = 0.0
 
     def settings(self) -> Settings:
         """As the runtime takes them. Raises: ValueError for a value that cannot be used."""
@@ -45,8 +49,11 @@ class GenerateOptions:
             self.guidance_renorm_min,
         )
         text = TextSettings(self.max_reasoning_tokens, self.temperature, self.top_p)
+        caching = CachingSettings(
+            self.cache_interval, self.cache_order, self.cache_first, self.reuse_guidance_below
+        )
         size = (self.height, self.width)
-        return Settings(*size, self.reasoning, self.steps, self.timestep_shift, guidance, text)
+        return Settings(*size, self.reasoning, self.steps, self.timestep_shift, guidance, text, caching)
 
     def _check_kinds(self) -> None:
         """Every value is of its default's kind: text, a whole number, a number, or numbers."""

@@ -21,12 +21,13 @@ from realign.model.bagel import Bagel
 from realign.model.mot import Route
 from realign.runtime.attention import Backend, ContextAttention, order_rows
 from realign.runtime.context import embed_markers, latent_position_ids
+from realign.runtime.forecast import StepNeeds, StepPlan, VelocityHistory, plan_steps
 from realign.runtime.graphs import MAX_GRAPH_TOKENS, CapturedStep
 from realign.runtime.guidance import KINDS, Branch
 from realign.runtime.kv import check_current
 from realign.runtime.noise import NoiseKey, normals, stack_keys
 from realign.runtime.schedule import Schedule
-from realign.runtime.settings import GuidanceSettings
+from realign.runtime.settings import CachingSettings, GuidanceSettings
 from realign_kernels import Guidance, NoiseKeys, StepCoefficients, guided_flow_step
 from realign_kernels.arguments import RENORMS
 
@@ -44,6 +45,8 @@ class DenoiseJob:
         guidance: interval and renorm; the scales are the branches'.
         key: names the initial noise (stream "initial").
         noise_LC: initial noise instead, float32.
+        caching: which steps are computed; the others are forecast.
+        replayed: the latents before each step, float32 [tokens, C], instead of what the step before gave.
     """
 
     branches: tuple[Branch, ...]
@@ -53,6 +56,8 @@ class DenoiseJob:
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     key: NoiseKey = field(default_factory=lambda: NoiseKey(0, ""))
     noise_LC: Tensor | None = None
+    caching: CachingSettings = field(default_factory=CachingSettings)
+    replayed: Sequence[Tensor] = ()
 
     def find_branch(self, kind: str) -> Branch | None:
         return next((branch for branch in self.branches if branch.kind == kind), None)
@@ -79,8 +84,15 @@ class DenoiseJob:
         ]
 
     def running_kinds(self, step: int) -> tuple[str, ...]:
-        """The branches that a step needs."""
+        """The branches whose velocities a step needs."""
         return ("conditional", *(kind for kind in ("text", "image") if self.scale(kind, step) > 1))
+
+    @cached_property
+    def plans(self) -> tuple[StepPlan, ...]:
+        """For each step which of them run, and what stands in for the others."""
+        steps = enumerate(self.schedule.steps)
+        needs = [StepNeeds(step.t, self.running_kinds(index), step.std > 0) for index, step in steps]
+        return plan_steps(needs, self.caching)
 
 
 @torch.no_grad()
@@ -108,16 +120,24 @@ def denoise(
     observe = _observer(on_step, order)
     observe(0, latents)
     table = _stack_numbers(ordered, model.device)
-    phase = None
+    histories = [VelocityHistory(job.plans) for job in ordered]
+    phases: dict[bool, _Phase] = {}  # by whether rows run: what is laid out outlasts steps that run none
     for step in range(ordered[0].schedule.num_steps):
         running = [job for job in ordered if step < job.schedule.num_steps]
         plan = _Plan.of(running, step)
+        phase = phases.get(plan.has_rows)
         if phase is None or phase.plan != plan:
-            phase = None  # frees what was laid out before the next is
-            phase = _Phase(model, running, plan, backend)
-        latents[: len(running)] = phase.step(step, table, latents[: len(running)])
+            phase = phases[plan.has_rows] = None  # frees what was laid out before the next is
+            phase = phases[plan.has_rows] = _Phase(model, running, plan, backend)
+        latents[: len(running)] = phase.step(step, table, _before(step, running, latents), histories)
         observe(step + 1, latents[: len(running)])
     return [latents[order.index(index)] for index in range(len(jobs))]
+
+
+def _before(step: int, jobs: Sequence[DenoiseJob], latents: Sequence[Tensor]) -> list[Tensor]:
+    """The latents that a step starts from, of each job: what the last one gave, or what is replayed."""
+    pairs = zip(jobs, latents, strict=False)
+    return [job.replayed[step].to(latent_LC) if job.replayed else latent_LC for job, latent_LC in pairs]
 
 
 def build_noise(model: Bagel, jobs: Sequence[DenoiseJob]) -> list[Tensor]:
@@ -149,15 +169,23 @@ def _stack_numbers(jobs: Sequence[DenoiseJob], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a step consists of: the branches of each job, and whether any job's step is noisy."""
+    """What a step consists of: the branches of each job that run, whether any job's step is noisy, and
+    whether any job has steps that are forecast.
+    """
 
     kinds: tuple[tuple[str, ...], ...]
     is_noisy: bool
+    is_cached: bool
 
     @classmethod
     def of(cls, jobs: Sequence[DenoiseJob], step: int) -> _Plan:
         is_noisy = any(job.schedule.steps[step].std for job in jobs)
-        return cls(tuple(job.running_kinds(step) for job in jobs), is_noisy)
+        is_cached = any(job.caching.is_on for job in jobs)
+        return cls(tuple(job.plans[step].computed for job in jobs), is_noisy, is_cached)
+
+    @property
+    def has_rows(self) -> bool:
+        return any(self.kinds)
 
 
 class _Phase:
@@ -169,7 +197,7 @@ class _Phase:
         self.jobs, self.plan = jobs, plan
         device = model.device
         self.sizes = [num_latent_tokens(model, job.height, job.width) for job in jobs]
-        self.rows = _Rows(model, jobs, plan.kinds, backend)
+        self.rows = _Rows(model, jobs, plan.kinds, backend) if plan.has_rows else None
         self.cu_seqlens = torch.tensor([0, *accumulate(self.sizes)], dtype=torch.int32, device=device)
         codes = [RENORMS.index(job.guidance.renorm) for job in jobs]
         renorm = jobs[0].guidance.renorm if len(set(codes)) == 1 else torch.tensor(codes).int().to(device)
@@ -180,24 +208,49 @@ class _Phase:
         self.coefficients = StepCoefficients(a_J, b_J, std_J if plan.is_noisy else None)
         self.noise = self._name_noise(device) if plan.is_noisy else None
         self.sample_LC = torch.empty(sum(self.sizes), model.config.latent_dim, device=device)
-        self.run = CapturedStep(self._run, device, self.rows.num_tokens <= MAX_GRAPH_TOKENS)
+        is_small = self.rows is not None and self.rows.num_tokens <= MAX_GRAPH_TOKENS
+        self.run = CapturedStep(self._compute if plan.is_cached else self._run, device, is_small)
 
-    def step(self, step: int, table: Tensor, latents: Sequence[Tensor]) -> list[Tensor]:
+    def step(
+        self, step: int, table: Tensor, latents: Sequence[Tensor], histories: Sequence[VelocityHistory]
+    ) -> list[Tensor]:
         """One step of every job: three velocities, guidance, the sampler's update."""
         torch.cat(list(latents), out=self.sample_LC)
         self.numbers_FJ.copy_(table[step, :, : len(self.jobs)])
         if self.noise is not None:
             self.noise.step_B.fill_(step)
-        next_LC = self.run()
-        if self.run.is_captured:
-            next_LC = next_LC.clone()  # the next replay writes there again
+        if self.plan.is_cached:
+            next_LC = self._update(self._recall(step, histories))
+        else:
+            next_LC = self.run()
+            if self.run.is_captured:
+                next_LC = next_LC.clone()  # the next replay writes there again
         return list(next_LC.split(self.sizes))
 
     def _run(self) -> Tensor:
-        velocities = self.rows.velocities(self.sample_LC, self.numbers_FJ[0])
+        return self._update(self.rows.gather(self._compute()))
+
+    def _compute(self) -> Tensor:
+        return self.rows.compute(self.sample_LC, self.numbers_FJ[0])
+
+    def _update(self, velocities: Sequence[Tensor | None]) -> Tensor:
         return guided_flow_step(
             self.sample_LC, velocities, self.cu_seqlens, self.guidance, self.coefficients, self.noise
         )
+
+    def _recall(self, step: int, histories: Sequence[VelocityHistory]) -> list[Tensor | None]:
+        """Velocities as of `_Rows.gather`, of which some may be forecast."""
+        computed: list[dict[str, Tensor]] = [{} for _ in self.jobs]
+        if self.rows is not None:
+            velocity = self.run()
+            computed = self.rows.split(velocity.clone() if self.run.is_captured else velocity)
+        pairs = zip(histories, computed, strict=False)
+        complete = [history.complete(step, own) for history, own in pairs]
+        present = {kind for own in complete for kind in own}
+        return [
+            torch.cat([own.get(kind, own["conditional"]) for own in complete]) if kind in present else None
+            for kind in KINDS
+        ]
 
     def _name_noise(self, device: torch.device) -> NoiseKeys:
         return stack_keys([replace(job.key, stream="sde") for job in self.jobs], device)
@@ -228,41 +281,55 @@ class _Rows:
         contexts = [jobs[number].find_branch(kind).context for number, kind in rows]
         lengths = [self.sizes[number] + 2 for number, _ in rows]
         order = order_rows(contexts, lengths)
-        rows, contexts, lengths = ([values[i] for i in order] for values in (rows, contexts, lengths))
+        self.rows, contexts, lengths = ([values[i] for i in order] for values in (rows, contexts, lengths))
         self.num_tokens = sum(lengths)
-        self._lay_out(rows, [context.next_position for context in contexts])
+        self._lay_out([context.next_position for context in contexts])
         self.attention = ContextAttention(model, contexts, lengths, [False] * len(lengths), backend)
 
-    def velocities(self, sample_LC: Tensor, time_J: Tensor) -> list[Tensor | None]:
-        """Conditional, text- and image-unconditional velocities [L, C]; None for a kind that no job runs.
-
-        Jobs that do not run a kind have their conditional velocity there, which guidance does not read.
-        """
+    def compute(self, sample_LC: Tensor, time_J: Tensor) -> Tensor:
+        """The velocities of all rows, one after the other."""
         time_L = time_J[:1] if self.has_one_time else time_J[self.job_L]
         embedded_LE = self.model.embed_latent(sample_LC, time_L, self.place_L)
         source = torch.cat((self.start_1E, self.end_1E, embedded_LE.to(self.start_1E.dtype)))
         hidden = self.model.decoder(source[self.source_index], self.position, self.route, self.attention)
-        velocity = self.model.velocity(hidden[self.route.gen_index_L])
+        return self.model.velocity(hidden[self.route.gen_index_L])
+
+    def gather(self, velocity: Tensor) -> list[Tensor | None]:
+        """Conditional, text- and image-unconditional velocities [L, C]; None for a kind that no job runs.
+
+        Jobs that do not run a kind have their conditional velocity there, which guidance does not read.
+        """
         return [None if index_L is None else velocity[index_L] for index_L in self.velocity_index]
 
-    def _lay_out(self, rows: Sequence[tuple[int, str]], next_positions: Sequence[int]) -> None:
+    def split(self, velocity: Tensor) -> list[dict[str, Tensor]]:
+        """For each job its velocities by kind, those that ran."""
+        parts = velocity.split([self.sizes[number] for number, _ in self.rows])
+        found: list[dict[str, Tensor]] = [{} for _ in self.sizes]
+        for (number, kind), part_LC in zip(self.rows, parts, strict=True):
+            found[number][kind] = part_LC
+        return found
+
+    def _lay_out(self, next_positions: Sequence[int]) -> None:
         starts = [2, *(2 + end for end in accumulate(self.sizes))]
         sources, positions = [], []
-        found: dict[tuple[int, str], Tensor] = {}
-        num_latents = 0
-        for (number, kind), position in zip(rows, next_positions, strict=True):
+        for (number, _), position in zip(self.rows, next_positions, strict=True):
             size = self.sizes[number]
             sources.append(torch.tensor([0, *range(starts[number], starts[number] + size), 1]))
             positions.append(torch.full((size + 2,), position))
-            found[number, kind] = torch.arange(num_latents, num_latents + size)
-            num_latents += size
         self.source_index = torch.cat(sources).to(self.model.device)
         self.position = torch.cat(positions).to(self.model.device)
         self.route = Route.from_mask(self.source_index >= 2)
-        self.velocity_index = [self._find_velocity(found, kind) for kind in KINDS]
+
+    @cached_property
+    def velocity_index(self) -> list[Tensor | None]:
+        """For each kind, where the velocity of each of the L tokens lies among all rows' latent tokens."""
+        ends = accumulate(self.sizes[number] for number, _ in self.rows)
+        found = {
+            row: torch.arange(end - self.sizes[row[0]], end) for row, end in zip(self.rows, ends, strict=True)
+        }
+        return [self._find_velocity(found, kind) for kind in KINDS]
 
     def _find_velocity(self, found: dict[tuple[int, str], Tensor], kind: str) -> Tensor | None:
-        """Where the velocity of each of the L tokens lies among all rows' latent tokens."""
         if not any(own == kind for _, own in found):
             return None
         jobs = range(len(self.sizes))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from realign.model.config import RENORMS
 
 ATTENTION_BACKENDS = ("varlen", "flash-attn", "xformers", "sdpa", "reference")
+MAX_ORDER = 8  # of a forecast; none above 2 has been seen to gain anything
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,37 @@ class TextSettings:
 
 
 @dataclass(frozen=True)
+class CachingSettings:
+    """Steps whose velocities are forecast from earlier ones (see `realign.runtime.forecast`): off by default.
+
+    Attributes:
+        interval: after the `first` steps every so many-th is computed; 1: all are.
+        order: of the forecast; 0 repeats the last velocity, 1 goes on in a straight line.
+        reuse_guidance_below: where t is at most this, the unconditional branches do not run: their last
+            difference from the conditional velocity is taken again. 0: they always run.
+    """
+
+    interval: int = 1
+    order: int = 1
+    first: int = 5
+    reuse_guidance_below: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("interval", 1, math.inf), ("order", 0, MAX_ORDER), ("first", 1, math.inf)):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                upper = "" if most == math.inf else f" and at most {most}"
+                raise ValueError(f"caching {name} is {value}: must be at least {least}{upper}")
+        if not 0 <= self.reuse_guidance_below <= 1:
+            what = f"caching reuse_guidance_below is {self.reuse_guidance_below}"
+            raise ValueError(f"{what}: must be a time from 0 to 1")
+
+    @property
+    def is_on(self) -> bool:
+        return self.interval > 1 or self.reuse_guidance_below > 0
+
+
+@dataclass(frozen=True)
 class Settings:
     """Settings of one request; `height`, `width` in pixels, None for the model's own rule."""
 
@@ -71,6 +103,7 @@ class Settings:
     timestep_shift: float = 3.0
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     text: TextSettings = field(default_factory=TextSettings)
+    caching: CachingSettings = field(default_factory=CachingSettings)
 
     def __post_init__(self) -> None:
         if (self.height is None) != (self.width is None):

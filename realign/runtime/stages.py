@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import astuple
 from functools import lru_cache
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -150,13 +151,14 @@ class DrawStage(Stage):
         return isinstance(session.waiting, Draw) and session.denoised is None
 
     def measure(self, session: Session) -> Load:
-        """Neighbours end their steps together, and have pictures and contexts of like sizes."""
+        """Neighbours compute the same steps and end together, with pictures and contexts of like sizes."""
         settings, contexts = session.request.settings, [b.context for b in session.waiting.branches]
         size = num_latent_tokens(self.model, *session.size) + 2
         held = sum(padded_length(context.tail_length) for context in contexts)
         num_tokens = len(contexts) * size
         num_bytes = (held + num_tokens) * self.costs.kv_token + num_tokens * self.costs.forward_token
-        order = (settings.num_timesteps, *session.size, len(contexts), contexts[0].length)
+        steps = (settings.num_timesteps, astuple(settings.caching))
+        order = (*steps, *session.size, len(contexts), contexts[0].length)
         return Load(order, {session: num_bytes}, num_tokens)
 
     def carry_out(self, sessions: Sequence[Session], room: int) -> list[Denoised]:
@@ -210,4 +212,6 @@ def _build_job(session: Session) -> DenoiseJob:
         settings.guidance,
         NoiseKey(request.seed, request.id, session.waiting.picture, "initial"),
         session.waiting.noise_LC,
+        settings.caching,
+        session.waiting.replayed,
     )

@@ -104,6 +104,7 @@ def test_other_settings_for_the_same_folder_are_refused(place: Workplace, mixed:
         ("--reasoning", "ic-cot"): 'reasoning was "none", is "ic-cot"',
         ("--height", 16, "--width", 16): "height was null, is 16, width was null, is 16",
         ("--guidance-interval", 0.1, 0.9): "guidance_interval was [0.4, 1.0], is [0.1, 0.9]",
+        ("--cache-interval", 2): "cache_interval was 1, is 2",
         ("--dtype", "bfloat16"): 'dtype was "float32", is "bfloat16"',
         ("--model", CHECKPOINT, "--height", 16, "--width", 16): "model_fingerprint was",
     }

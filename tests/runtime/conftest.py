@@ -14,7 +14,7 @@ from realign.reasoning.programs import PROGRAMS
 from realign.runtime.engine import Engine
 from realign.runtime.prepare import crop_picture
 from realign.runtime.request import Prompt, Request
-from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
+from realign.runtime.settings import CachingSettings, GuidanceSettings, Settings, TextSettings
 
 CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "bagel-tiny" / "checkpoint"
 
@@ -63,6 +63,10 @@ def mixed_requests() -> list[Request]:
         (
             ["look at this", second, "and this", first, "and draw both"],
             Settings(16, 16, "none", 8, 4.0, GuidanceSettings(5.0, 1.7, (0.2, 0.9), "text_channel", 0.1)),
+        ),
+        (
+            [second, "a lamp on a mug"],
+            Settings(24, 16, num_timesteps=9, caching=CachingSettings(2, 1, 2, reuse_guidance_below=0.7)),
         ),
         ([second, "a lamp"], Settings(16, 24, "ic-cot", 3, guidance=GuidanceSettings(1.0, 2.0))),
         (

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from realign.model.mot import Route
+from realign.runtime import sampler
 from realign.runtime.context import (
     Context,
     build_text_block,
@@ -20,7 +21,7 @@ from realign.runtime.guidance import Branch
 from realign.runtime.noise import NoiseKey, normal
 from realign.runtime.sampler import DenoiseJob, denoise
 from realign.runtime.schedule import Schedule
-from realign.runtime.settings import GuidanceSettings
+from realign.runtime.settings import CachingSettings, GuidanceSettings
 
 pytestmark = pytest.mark.usefixtures("poison_fresh_memory")
 
@@ -48,21 +49,32 @@ def plain_velocity(model, context, latent_LC, t, size):
     return model.velocity(hidden_LE[1:-1])
 
 
+def plain_velocities(model, job, index, latent_LC, found):
+    """Velocities by kind at a step, those that are forecast from what was `found` at earlier ones."""
+    size, step, plan = (job.height, job.width), job.schedule.steps[index], job.plans[index]
+    own = {}
+    for kind in plan.computed:
+        context = job.find_branch(kind).context
+        found[kind, index] = own[kind] = plain_velocity(model, context, latent_LC, step.t, size)
+    for kind, weights in plan.forecast.items():
+        own[kind] = sum(weight * found[source] for source, weight in weights.items())
+    return own
+
+
 @torch.no_grad()
 def plain_denoise(model, job):
     """BAGEL's loop for one sample, with global renorm."""
-    size = (job.height, job.width)
+    found = {}
     latent_LC = normal(job.key, (job.height // 8 * (job.width // 8), model.config.latent_dim))
     text, image = job.find_branch("text"), job.find_branch("image")
     for index, step in enumerate(job.schedule.steps):
-        v = plain_velocity(model, job.find_branch("conditional").context, latent_LC, step.t, size)
+        velocities = plain_velocities(model, job, index, latent_LC, found)
+        v = velocities["conditional"]
         low, high = job.guidance.interval
         if low < step.t <= high and text.scale > 1:
-            without_text = plain_velocity(model, text.context, latent_LC, step.t, size)
-            guided = without_text + text.scale * (v - without_text)
+            guided = velocities["text"] + text.scale * (v - velocities["text"])
             if image.scale > 1:
-                without_image = plain_velocity(model, image.context, latent_LC, step.t, size)
-                guided = without_image + image.scale * (guided - without_image)
+                guided = velocities["image"] + image.scale * (guided - velocities["image"])
             v = guided * (v.norm() / (guided.norm() + 1e-8)).clamp(job.guidance.renorm_min, 1.0)
         latent_LC = step.a * latent_LC + step.b * v
         if step.std:
@@ -160,6 +172,62 @@ def test_branches_run_only_where_they_act(jobs):
     assert kinds[1] == [("conditional", "text")] * 2
     assert [len(step) for step in kinds[2]] == [1, 1, 1, 3, 3, 3, 3, 1]
     assert kinds[3] == [("conditional",)] * 5  # image guidance acts only together with text guidance
+
+
+@pytest.fixture
+def cached(jobs):
+    """Three jobs whose steps are computed and forecast at different times, and one without step caching."""
+    settings = [
+        CachingSettings(2, 1, 2),
+        CachingSettings(2, 0, 1),
+        CachingSettings(3, 2, 2, reuse_guidance_below=0.8),
+    ]
+    longer = [replace(job, schedule=Schedule.build(12, 3.0)) for job in jobs[:3]]
+    pairs = zip(longer, settings, strict=True)
+    return [*(replace(job, caching=caching) for job, caching in pairs), jobs[3]]
+
+
+def test_steps_that_are_forecast_run_no_rows(model, cached, monkeypatch):
+    seen = []
+    compute = sampler._Rows.compute
+
+    def watch(self, *arguments):
+        seen.append(len(self.rows))
+        return compute(self, *arguments)
+
+    monkeypatch.setattr(sampler._Rows, "compute", watch)
+    denoise(model, cached[:1])
+    assert seen == [len(plan.computed) for plan in cached[0].plans if plan.computed]
+    assert len(seen) < cached[0].schedule.num_steps
+
+
+def test_forecast_and_computed_steps_in_one_batch(model, cached):
+    together, reversed_ = denoise(model, cached), denoise(model, cached[::-1])[::-1]
+    for job, one, other in zip(cached, together, reversed_, strict=True):
+        torch.testing.assert_close(one, plain_denoise(model, job), rtol=1e-5, atol=1e-5)
+        assert torch.equal(one, other)
+        assert torch.equal(one, denoise(model, [job])[0])
+
+
+def test_noisy_steps_among_forecast_ones(model, cached):
+    steps = cached[0].schedule.steps
+    noisy = tuple(replace(step, std=0.1) if index in (4, 5) else step for index, step in enumerate(steps))
+    job = replace(cached[0], schedule=replace(cached[0].schedule, steps=noisy))
+    assert job.plans[5].computed
+    assert not all(plan.computed for plan in job.plans)
+    torch.testing.assert_close(denoise(model, [job])[0], plain_denoise(model, job), rtol=1e-5, atol=1e-5)
+
+
+def test_replayed_latents_are_where_each_step_begins(model, jobs):
+    """A step of the replay is a step of the run; the last step's result is what counts."""
+    states = []
+    denoise(model, jobs[:1], lambda step, latents: states.append(latents[0]))
+    moved = [state + 0.1 for state in states[:-1]]
+    again = []
+    denoise(model, [replace(jobs[0], replayed=states[:-1])], lambda step, latents: again.append(latents[0]))
+    assert all(torch.equal(one, other) for one, other in zip(states, again, strict=True))
+    last = denoise(model, [replace(jobs[0], replayed=[*states[:-2], moved[-1]])])
+    assert not torch.allclose(last[0], states[-1], atol=1e-2)
 
 
 def test_no_jobs_is_no_work(model):
