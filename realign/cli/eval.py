@@ -6,6 +6,7 @@ import argparse
 import json
 
 from realign.cli.console import print_error, print_note
+from realign.cli.options import CACHING, add_picture_arguments
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -27,16 +28,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     world.add_argument("--steps", type=int, default=25, metavar="N", help="denoising timesteps (25)")
     world.add_argument("--reasoning", default="both", choices=("none", "ic-cot", "both"), help="(both)")
     world.add_argument("--device", default="auto", help="such as cpu or cuda (auto)")
+    add_picture_arguments(world, CACHING)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the benchmark; returns the exit code."""
     from realign.api import load  # imported late: help is instant
     from realign.evals.world import WorldOptions, evaluate, format_table
+    from realign.runtime.settings import CachingSettings
 
     try:
         check_arguments(args)
-        options = WorldOptions(args.split, args.num, args.seed, args.steps, args.reasoning)
+        caching = CachingSettings(
+            args.cache_interval, args.cache_order, args.cache_first, args.reuse_guidance_below
+        )
+        options = WorldOptions(args.split, args.num, args.seed, args.steps, args.reasoning, caching)
         result = evaluate(load(args.model, device=args.device), options, report=print_note)
     except ValueError as error:
         print_error(error)

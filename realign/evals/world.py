@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from PIL import Image
 from realign.api import Generator
 from realign.reasoning.schemas import ICCoT
 from realign.runtime.request import Prompt, Request, Sample
-from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
+from realign.runtime.settings import CachingSettings, GuidanceSettings, Settings, TextSettings
 from realign.world.language import read_caption
 from realign.world.oracle import Reading, Verdict, judge, judge_caption, read_pictures
 from realign.world.render import SIZE
@@ -39,10 +39,11 @@ class WorldOptions:
     seed: int = 0
     steps: int = 25
     reasoning: str = "both"
+    caching: CachingSettings = field(default_factory=CachingSettings)
 
     def settings(self, mode: str) -> Settings:
-        """`realign generate`'s own settings, greedy reasoning included, but for the number of timesteps."""
-        return Settings(SIZE, SIZE, mode, self.steps, text=TextSettings(256))
+        """`realign generate`'s own, greedy reasoning included, but for the timesteps and step caching."""
+        return Settings(SIZE, SIZE, mode, self.steps, text=TextSettings(256), caching=self.caching)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ def test_the_command_ends_with_one_json_object() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--num", "0"), ("--steps", "1"), ("--seed", "-1"), ("--model", "/no")]
+    "arguments",
+    [("--num", "0"), ("--steps", "1"), ("--seed", "-1"), ("--model", "/no"), ("--cache-interval", "0")],
 )
 def test_bad_arguments_are_one_line(arguments: tuple[str, str]) -> None:
     command = [sys.executable, "-m", "realign.cli", "eval", "world", *arguments]

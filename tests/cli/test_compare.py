@@ -1,0 +1,62 @@
+"""`realign compare`: the file it writes, its gate, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.cli.support import Outcome, Workplace
+
+FAST = ("--cache-interval", 3, "--cache-first", 2)
+
+
+def compare(place: Workplace, *arguments: object) -> Outcome:
+    prompts = place.write_prompts(
+        {"id": "a", "prompt": "a star"}, {"id": "b", "prompt": "two rings", "seed": 4}
+    )
+    settings = ("--model", place.model, "--device", "cpu", "--steps", 8)
+    return place.run("compare", prompts, "--out", place.folder / "found.json", *settings, *arguments)
+
+
+def test_what_was_measured_is_printed_and_written(place: Workplace) -> None:
+    outcome = compare(place, *FAST, "--min-psnr", 1, "--min-worst-psnr", 1)
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"PSNR +mean [\d.]+ dB, worst [\d.]+ dB \([ab]/0\)\n", outcome.out)
+    found = json.loads((place.folder / "found.json").read_text())
+    assert found["settings"]["cache_interval"] == 3
+    assert found["pictures"] == 2
+    assert [one["id"] for one in found["by_picture"]] == ["a/0", "b/0"]
+    errors = found["velocity_error"]["by_step"]
+    assert [error < 1e-5 for error in errors] == [True, True, False, False, True, False, False]
+
+
+@pytest.mark.parametrize("option", ["--min-psnr", "--min-worst-psnr"])
+def test_the_gate(place: Workplace, option: str) -> None:
+    outcome = compare(place, *FAST, option, 99)
+    assert outcome.code == 1
+    assert re.search(rf"realign: error: PSNR is [\d.]+ dB: {option} asks for 99\n", outcome.err)
+    assert (place.folder / "found.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "nothing is drawn faster: give --cache-interval or --reuse-guidance-below"),
+        ((*FAST, "--min-psnr", "nan"), "--min-psnr nan: give a number of decibels"),
+        ((*FAST, "--clip", "nowhere"), r"--clip nowhere: nowhere has no config\.json"),
+        (
+            (*FAST, "--out", "no/such/file.json"),
+            "--out no/such/file.json: give the name of a file in a folder",
+        ),
+        ((*FAST, "--steps", 1), "--steps 1: give a number that is at least 2"),
+        ((*FAST, "--model", "nowhere"), "--model nowhere: nowhere is not a folder"),
+    ],
+)
+def test_what_cannot_be_compared(place: Workplace, arguments: tuple, message: str) -> None:
+    outcome = compare(place, *arguments)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert re.search(rf"^realign: error: {message}", outcome.err, re.MULTILINE)
+    assert not (place.folder / "found.json").exists()

@@ -1,0 +1,137 @@
+"""The comparison of two ways to draw: its numbers, on pictures and models where they are known."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from realign.evals.clip import ClipScorer
+from realign.evals.quality import BEST_PSNR, compare, psnr, without_caching
+from realign.model.bagel import Bagel
+from realign.runtime.request import Prompt, Request
+from realign.runtime.settings import CachingSettings, GuidanceSettings, Settings, TextSettings
+from tests.runtime.conftest import CHECKPOINT
+
+CACHED = Settings(
+    16, 24, "ic-cot", 12, text=TextSettings(6), caching=CachingSettings(interval=3, order=1, first=3)
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Bagel:
+    return Bagel.from_pretrained(CHECKPOINT)
+
+
+def build_requests(settings: Settings, count: int = 3) -> list[Request]:
+    return [Request(str(number), Prompt.build(f"lamp {number}"), 5, settings) for number in range(count)]
+
+
+def test_psnr():
+    black, other = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (0, 0, 51))
+    assert psnr(black, black) == BEST_PSNR
+    assert psnr(black, other) == pytest.approx(10 * np.log10(3 * 25))
+    assert psnr(black, Image.new("RGB", (4, 4), (255, 255, 255))) == pytest.approx(0)
+
+
+def test_the_same_way_twice_is_equal(model):
+    result = compare(model, model, build_requests(replace(CACHED, caching=CachingSettings())), batch_size=2)
+    assert result["psnr"] == {"mean": BEST_PSNR, "worst": BEST_PSNR, "worst_id": "0"}
+    assert result["latent_error"] == {"mean": 0.0, "worst": 0.0}
+    assert result["velocity_error"]["by_step"] == [0.0] * 11
+    assert result["other_texts"] == 0
+    assert set(result["seconds"]) == {"plain", "fast"}
+
+
+def test_only_steps_that_are_forecast_have_an_error(model):
+    """From the plain run's own latents a computed step is the plain one, whatever was forecast before."""
+    result = compare(model, model, build_requests(CACHED), batch_size=2)
+    computed = [0, 1, 2, 5, 8]
+    by_step = result["velocity_error"]["by_step"]
+    assert [step for step, error in enumerate(by_step) if error < 1e-5] == computed
+    assert 0 < result["latent_error"]["mean"] < 0.5
+    assert result["psnr"]["worst"] <= result["psnr"]["mean"] < BEST_PSNR
+    assert len(result["by_picture"]) == result["pictures"] == 3
+    assert result["by_picture"][0]["id"] == "0"
+
+
+def test_the_error_of_a_velocity_is_what_it_says(model):
+    """A model whose velocities are a tenth too long, without guidance: the error of every step is .1."""
+    longer = copy.deepcopy(model)
+    with torch.no_grad():
+        longer.llm2vae.weight.mul_(1.1)
+        longer.llm2vae.bias.mul_(1.1)
+    settings = Settings(16, 16, num_timesteps=6, guidance=GuidanceSettings(1.0))
+    result = compare(model, longer, build_requests(settings))
+    assert result["velocity_error"]["by_step"] == pytest.approx([0.1] * 5, rel=1e-3)
+
+
+def test_a_scorer_sees_both_ways_with_the_prompt(model):
+    seen = []
+
+    def score(images, texts):
+        seen.append((len(images), list(texts)))
+        return [float(len(seen))] * len(images)
+
+    result = compare(model, model, build_requests(CACHED, 2), score=score)
+    assert seen == [(2, ["lamp 0", "lamp 1"])] * 2
+    assert result["score"] == {"plain": 1.0, "fast": 2.0}
+
+
+def test_the_plain_way_computes_every_step():
+    request = without_caching(build_requests(CACHED)[0])
+    assert request.settings == replace(CACHED, caching=CachingSettings())
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A CLIP with random weights, and a tokenizer of letters."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    text = {
+        **tower,
+        "vocab_size": len(words),
+        "max_position_embeddings": 12,
+        "bos_token_id": 52,
+        "eos_token_id": 53,
+    }
+    torch.manual_seed(0)
+    vision = {**tower, "image_size": 28, "patch_size": 7}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(folder)
+    return folder
+
+
+def test_clip_scores_are_the_models_own(clip_folder):
+    from transformers import CLIPModel, CLIPTokenizer
+
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (28, 28, 3), dtype=np.uint8)) for _ in range(3)]
+    texts = ["a lamp", "mug", "a lamp that is longer than the positions of this tower"]
+    found = ClipScorer(clip_folder)(images, texts)
+    model, tokenizer = CLIPModel.from_pretrained(clip_folder), CLIPTokenizer.from_pretrained(clip_folder)
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in images])
+    mean, std = (torch.tensor(values)[:, None, None] for values in (
+        (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))  # fmt: skip
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=12, return_tensors="pt")
+    with torch.no_grad():
+        output = model(pixel_values=(pixels - mean) / std, **tokens)
+    expected = (output.image_embeds * output.text_embeds).sum(-1)
+    assert found == pytest.approx(expected.tolist(), abs=1e-5)
+    assert max(found) - min(found) > 1e-3
+
+
+def test_a_folder_that_is_no_clip(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json: give a folder with a CLIP"):
+        ClipScorer(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no CLIP that can be read"):
+        ClipScorer(tmp_path)
