@@ -65,13 +65,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompts, _, model, device, dtype = check_inputs(options)
     warn_untrained(options.picture.reasoning, model)
     requests = build_requests(prompts, options)
-    generator = load_generator(model, device, dtype)
+    engine = load_generator(model, device, dtype, options.attention).engine
     scorer = load_scorer(args.clip, device)
     from realign.evals.quality import compare  # imported late: it brings torch
 
     print_note(f"{len(requests)} pictures, each drawn three times; {device}, {dtype}")
     size = options.batch_size or DEFAULT_BATCH_SIZE
-    result = compare(generator.model, generator.model, requests, size, scorer, print_note)
+    result = compare(engine, engine, requests, size, scorer, print_note)
     about = {
         "model": {"name": model.name, "fingerprint": model.fingerprint()},
         "prompts": {"file": str(options.prompts), "sha256": prompts.sha256},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +18,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from realign.model.bagel import Bagel
-from realign.reasoning.programs import PROGRAMS
 from realign.runtime.engine import Draw, Engine, Operation, Program
 from realign.runtime.request import Request, Sample, TextPart
 from realign.runtime.schedule import Schedule
@@ -50,8 +49,8 @@ class Compared:
 
 
 def compare(
-    plain: Bagel,
-    fast: Bagel,
+    plain: Engine,
+    fast: Engine,
     requests: Sequence[Request],
     batch_size: int = 16,
     score: Score | None = None,
@@ -60,7 +59,7 @@ def compare(
     """Draw `requests` the plain way and the fast way, batch by batch in turns, and compare.
 
     Args:
-        plain, fast: the model, and perhaps the same one with other arithmetic.
+        plain, fast: of the same model, the second perhaps with other arithmetic; may be one engine.
         requests: with the fast way's settings; the plain way is the same without step caching.
         score: of pictures with texts, such as a CLIP cosine.
         report: gets a line after every batch.
@@ -69,10 +68,7 @@ def compare(
         "velocity_error": {"mean", "worst", "by_step"}, "other_texts", "seconds": {"plain", "fast"}}`, with
         `score` `"score": {"plain", "fast"}`, and `"by_picture"`: a dict of `Compared` each.
     """
-    engines = {
-        "plain": Engine(plain, PROGRAMS, keep_steps=True),
-        "fast": Engine(fast, PROGRAMS, keep_steps=True),
-    }
+    engines = {"plain": keeping_steps(plain), "fast": keeping_steps(fast)}
     seconds = dict.fromkeys(engines, 0.0)
     for engine in engines.values():  # what is compiled or loaded at first is in neither's time
         engine.run([replace(requests[0], settings=replace(requests[0].settings, num_timesteps=3))])
@@ -95,11 +91,18 @@ def without_caching(request: Request) -> Request:
     return replace(request, settings=replace(request.settings, caching=CachingSettings()))
 
 
-def replay(model: Bagel, requests: Sequence[Request], plain: Sequence[Sample]) -> list[Sample]:
+def keeping_steps(engine: Engine, programs: Mapping[str, Program] | None = None) -> Engine:
+    """The engine, but its samples have the latents of every step; perhaps with other programs."""
+    other = copy(engine)
+    other.keep_steps, other.programs = True, programs or engine.programs
+    return other
+
+
+def replay(engine: Engine, requests: Sequence[Request], plain: Sequence[Sample]) -> list[Sample]:
     """The requests with the latents before every step taken from `plain`; the steps are what came after."""
     latents = {sample.request.id: sample.trajectory.steps for sample in plain}
-    programs = {mode: _replaying(program, latents) for mode, program in PROGRAMS.items()}
-    return Engine(model, programs, keep_steps=True).run(requests)
+    programs = {mode: _replaying(program, latents) for mode, program in engine.programs.items()}
+    return keeping_steps(engine, programs).run(requests)
 
 
 def _replaying(program: Program, latents: Mapping[str, tuple[Tensor, ...]]) -> Program:

@@ -13,6 +13,8 @@ from PIL import Image
 from realign.evals.clip import ClipScorer
 from realign.evals.quality import BEST_PSNR, compare, psnr, without_caching
 from realign.model.bagel import Bagel
+from realign.reasoning.programs import PROGRAMS
+from realign.runtime.engine import Engine
 from realign.runtime.request import Prompt, Request
 from realign.runtime.settings import CachingSettings, GuidanceSettings, Settings, TextSettings
 from tests.runtime.conftest import CHECKPOINT
@@ -23,8 +25,8 @@ CACHED = Settings(
 
 
 @pytest.fixture(scope="module")
-def model() -> Bagel:
-    return Bagel.from_pretrained(CHECKPOINT)
+def engine() -> Engine:
+    return Engine(Bagel.from_pretrained(CHECKPOINT), PROGRAMS)
 
 
 def build_requests(settings: Settings, count: int = 3) -> list[Request]:
@@ -38,8 +40,8 @@ def test_psnr():
     assert psnr(black, Image.new("RGB", (4, 4), (255, 255, 255))) == pytest.approx(0)
 
 
-def test_the_same_way_twice_is_equal(model):
-    result = compare(model, model, build_requests(replace(CACHED, caching=CachingSettings())), batch_size=2)
+def test_the_same_way_twice_is_equal(engine):
+    result = compare(engine, engine, build_requests(replace(CACHED, caching=CachingSettings())), batch_size=2)
     assert result["psnr"] == {"mean": BEST_PSNR, "worst": BEST_PSNR, "worst_id": "0"}
     assert result["latent_error"] == {"mean": 0.0, "worst": 0.0}
     assert result["velocity_error"]["by_step"] == [0.0] * 11
@@ -47,9 +49,9 @@ def test_the_same_way_twice_is_equal(model):
     assert set(result["seconds"]) == {"plain", "fast"}
 
 
-def test_only_steps_that_are_forecast_have_an_error(model):
+def test_only_steps_that_are_forecast_have_an_error(engine):
     """From the plain run's own latents a computed step is the plain one, whatever was forecast before."""
-    result = compare(model, model, build_requests(CACHED), batch_size=2)
+    result = compare(engine, engine, build_requests(CACHED), batch_size=2)
     computed = [0, 1, 2, 5, 8]
     by_step = result["velocity_error"]["by_step"]
     assert [step for step, error in enumerate(by_step) if error < 1e-5] == computed
@@ -59,25 +61,25 @@ def test_only_steps_that_are_forecast_have_an_error(model):
     assert result["by_picture"][0]["id"] == "0"
 
 
-def test_the_error_of_a_velocity_is_what_it_says(model):
+def test_the_error_of_a_velocity_is_what_it_says(engine):
     """A model whose velocities are a tenth too long, without guidance: the error of every step is .1."""
-    longer = copy.deepcopy(model)
+    longer = copy.deepcopy(engine.model)
     with torch.no_grad():
         longer.llm2vae.weight.mul_(1.1)
         longer.llm2vae.bias.mul_(1.1)
     settings = Settings(16, 16, num_timesteps=6, guidance=GuidanceSettings(1.0))
-    result = compare(model, longer, build_requests(settings))
+    result = compare(engine, Engine(longer, PROGRAMS), build_requests(settings))
     assert result["velocity_error"]["by_step"] == pytest.approx([0.1] * 5, rel=1e-3)
 
 
-def test_a_scorer_sees_both_ways_with_the_prompt(model):
+def test_a_scorer_sees_both_ways_with_the_prompt(engine):
     seen = []
 
     def score(images, texts):
         seen.append((len(images), list(texts)))
         return [float(len(seen))] * len(images)
 
-    result = compare(model, model, build_requests(CACHED, 2), score=score)
+    result = compare(engine, engine, build_requests(CACHED, 2), score=score)
     assert seen == [(2, ["lamp 0", "lamp 1"])] * 2
     assert result["score"] == {"plain": 1.0, "fast": 2.0}
 
