@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from realign.runtime.engine import Draw, Engine, Operation, Program
+from realign.runtime.engine import Engine
+from realign.runtime.operations import Draw, Operation, Program
 from realign.runtime.request import Request, Sample, TextPart
 from realign.runtime.schedule import Schedule
 from realign.runtime.settings import CachingSettings
