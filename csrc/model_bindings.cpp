@@ -2,6 +2,7 @@
 
 #include "argument_reader.h"
 #include "decode_attention.h"
+#include "merge_attention.h"
 #include "mot_norm.h"
 #include "mot_rope.h"
 #include "swiglu.h"
@@ -27,6 +28,25 @@ void bind_decode_attention(py::module_& m) {
       .add("out", &Params::out)
       .add("lse", &Params::lse);
   m.def("decode_attention", [reader](const py::dict& arguments) { reader.run(&decode_attention, arguments); });
+}
+
+void bind_merge_attention(py::module_& m) {
+  using Params = MergeAttentionParams;
+  ArgumentReader<Params> reader;
+  reader.add("shape", &Params::shape)
+      .add("out_a_stride", &Params::out_a_stride)
+      .add("out_b_stride", &Params::out_b_stride)
+      .add("lse_a_stride", &Params::lse_a_stride)
+      .add("lse_b_stride", &Params::lse_b_stride)
+      .add("num_threads", &Params::num_threads)
+      .add("dtype", &Params::dtype)
+      .add_strided("out_a", &Params::out_a)
+      .add_strided("out_b", &Params::out_b)
+      .add_strided("lse_a", &Params::lse_a)
+      .add_strided("lse_b", &Params::lse_b)
+      .add("out", &Params::out)
+      .add("lse", &Params::lse);
+  m.def("merge_attention", [reader](const py::dict& arguments) { reader.run(&merge_attention, arguments); });
 }
 
 void bind_mot_norm(py::module_& m) {
@@ -110,6 +130,7 @@ void bind_swiglu(py::module_& m) {
 
 void bind_model_ops(py::module_& m) {
   bind_decode_attention(m);
+  bind_merge_attention(m);
   bind_mot_norm(m);
   bind_mot_rope(m);
   bind_swiglu(m);

@@ -15,6 +15,7 @@ from realign_kernels.grpo_loss.api import grpo_loss
 from realign_kernels.grpo_loss.reference import GrpoMetrics, RatioGuard, VelocityKL
 from realign_kernels.guided_flow_step.api import guided_flow_step
 from realign_kernels.guided_velocity.api import guided_velocity
+from realign_kernels.merge_attention.api import merge_attention
 from realign_kernels.mot_norm.api import mot_norm
 from realign_kernels.mot_rope.api import mot_rope
 from realign_kernels.mot_rope.arguments import KeyCache, QKNorm, RopeTable
@@ -44,6 +45,7 @@ __all__ = [
     "grpo_loss",
     "guided_flow_step",
     "guided_velocity",
+    "merge_attention",
     "mot_norm",
     "mot_rope",
     "philox_normal",

@@ -1,0 +1,1 @@
+"""Attention to two disjoint sets of keys, from attention to each."""
