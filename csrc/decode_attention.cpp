@@ -20,8 +20,8 @@ constexpr int kMaxHeads = 2;                     // query heads that share a loa
 
 int64_t pad(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// A thread's memory: what runs along the blocks for each query head of one key head, and the block as floats. Numbers of
-// a head are padded with zeros to whole vectors.
+// A thread's memory: what runs along the blocks for each query head of one key head, and the block as floats. Numbers
+// of a head are padded with zeros to whole vectors.
 struct Workspace {
   int64_t padded;
   float* query;  // scaled
@@ -98,7 +98,7 @@ REALIGN_INLINE void add_halves(const Floats& vector, Eights& out) {
   out = halves[0] + halves[1];
 }
 
-// out[t] = the sum of the sixteen lanes of vector t: halves, then as a tree. The choices are one instruction of AVX2 each.
+// out[t] = the sum of the sixteen lanes of vector t: halves, then as a tree. A choice is one instruction of AVX2.
 REALIGN_INLINE void sum_lanes(const Floats* vectors, float* out) {
   Eights a, b, c, d;
   add_halves(vectors[0], a);
@@ -158,8 +158,8 @@ REALIGN_INLINE float weigh(float* scores, float& max, float& total) {
   return factor;
 }
 
-// acc[h] = acc[h] * factor[h] + the sum of weights[h][t] value[t], for kVectors vectors of each head. Tokens of even and
-// of odd place are summed apart: no addition waits for the last.
+// acc[h] = acc[h] * factor[h] + the sum of weights[h][t] value[t], for kVectors vectors of each head. Tokens of even
+// and of odd place are summed apart: no addition waits for the last.
 template <int kHeads, int kVectors>
 REALIGN_INLINE void add_values(const Block& values, const float* weights, const float* factors, float* acc) {
   Floats even[kHeads][kVectors] = {}, odd[kHeads][kVectors] = {};
@@ -223,8 +223,8 @@ int64_t length_of(const DecodeAttentionParams& params, int64_t row) {
 
 Stored stored_of(const void* array, const std::array<int64_t, 4>& stride, int64_t row, int64_t head,
                  const DecodeAttentionParams& params) {
-  const int64_t place = row * stride[0] + head * stride[1];
-  return {static_cast<const char*>(array) + place * size_of(params.dtype), params.dtype, stride[2], params.key_shape[3]};
+  const int64_t place = row * stride[0] + head * stride[1], size = size_of(params.dtype);
+  return {static_cast<const char*>(array) + place * size, params.dtype, stride[2], params.key_shape[3]};
 }
 
 void read_query(const DecodeAttentionParams& params, int64_t row, int64_t head, float* out) {

@@ -1,5 +1,5 @@
-// Exponential and logarithm where attention and gates need them, in float, without a library call or a branch: loops over
-// them vectorise.
+// Exponential and logarithm where attention and gates need them, in float, without a library call or a branch: loops
+// over them vectorise.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ REALIGN_INLINE float exp_of_minus(float x) {
   return series * bits_to_float(uint32_t(exponent < 0 ? 0 : exponent) << 23);
 }
 
-// log(1 + x) for x from 0 to 1, within 3 ulp; a NaN stays a NaN. It is 2 artanh(s) for s = x / (2 + x), at most a third,
-// of which eight terms of the series are 1e-9 off.
+// log(1 + x) for x from 0 to 1, within 3 ulp; a NaN stays a NaN. It is 2 artanh(s) for s = x / (2 + x), at most a
+// third, of which eight terms of the series are 1e-9 off.
 REALIGN_INLINE float log_of_one_plus(float x) {
   const float s = x / (2.0f + x), square = s * s;
   float series = 1.0f / 15;
