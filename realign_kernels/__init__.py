@@ -17,11 +17,14 @@ from realign_kernels.guided_flow_step.api import guided_flow_step
 from realign_kernels.guided_velocity.api import guided_velocity
 from realign_kernels.merge_attention.api import merge_attention
 from realign_kernels.mot_norm.api import mot_norm
+from realign_kernels.mot_norm_fp8.api import mot_norm_fp8
 from realign_kernels.mot_rope.api import mot_rope
 from realign_kernels.mot_rope.arguments import KeyCache, QKNorm, RopeTable
 from realign_kernels.philox_normal.api import philox_normal
+from realign_kernels.quantize_fp8.api import quantize_fp8
 from realign_kernels.sde_logprob.api import sde_logprob
 from realign_kernels.swiglu.api import swiglu
+from realign_kernels.swiglu_fp8.api import swiglu_fp8
 
 __all__ = [
     "AdvantageRule",
@@ -47,8 +50,11 @@ __all__ = [
     "guided_velocity",
     "merge_attention",
     "mot_norm",
+    "mot_norm_fp8",
     "mot_rope",
     "philox_normal",
+    "quantize_fp8",
     "sde_logprob",
     "swiglu",
+    "swiglu_fp8",
 ]

@@ -1,0 +1,1 @@
+"""`mot_norm_fp8`: see `api.py`."""

@@ -1,0 +1,1 @@
+"""`quantize_fp8`: see `api.py`."""

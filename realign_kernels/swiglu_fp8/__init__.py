@@ -1,0 +1,1 @@
+"""`swiglu_fp8`: see `api.py`."""
