@@ -80,7 +80,7 @@ def load(
         attention: "varlen" (torch's own), "flash-attn", "xformers" on a GPU; "sdpa" on a CPU; "reference"; or
             "auto": varlen on a GPU, sdpa on a CPU.
 
-    Raises: ValueError for a folder that is no checkpoint, or a device, dtype or attention that cannot be used.
+    Raises: ValueError for a folder that is no checkpoint, or if device, dtype or attention cannot be used.
         used.
     """
     device = find_device(device)
