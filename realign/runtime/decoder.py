@@ -50,10 +50,25 @@ class TextDecoder:
         self.position_R = torch.tensor([context.next_position for context in contexts], device=model.device)
         self._lay_out()
 
-    @torch.no_grad()
     def step(self, token_R: Tensor) -> Tensor:
         """Tokens int64 [R] to the scores of what follows them, float32 [R, V]."""
-        self._make_room()
+        self.make_room()
+        return self.score(token_R)
+
+    def make_room(self) -> None:
+        """See that every row can read one more token: slots that are full grow."""
+        self.num_used += 1
+        size = self.key_NRSKD.shape[2]
+        if self.num_used > size:
+            extra = max(MIN_ROOM, size // 4)
+            self.key_NRSKD, self.value_NRSKD = (
+                torch.nn.functional.pad(t, (0, 0, 0, 0, 0, extra)) for t in (self.key_NRSKD, self.value_NRSKD)
+            )
+            self._lay_out()
+
+    @torch.no_grad()
+    def score(self, token_R: Tensor) -> Tensor:
+        """`step` after `make_room`: all on the device, in the same tensors every time."""
         torch.add(self.start_R, self.length_R, out=self.place_R)
         self.length_R += 1
         hidden_RE = self.model.decoder(
@@ -137,13 +152,3 @@ class TextDecoder:
             of_run = run.attend(layer, query_RHD[place])
             out_RHD[place], lse_RH[place] = merge_attention(out_RHD[place], lse_RH[place], *of_run)
         return out_RHD
-
-    def _make_room(self) -> None:
-        self.num_used += 1
-        size = self.key_NRSKD.shape[2]
-        if self.num_used > size:
-            extra = max(MIN_ROOM, size // 4)
-            self.key_NRSKD, self.value_NRSKD = (
-                torch.nn.functional.pad(t, (0, 0, 0, 0, 0, extra)) for t in (self.key_NRSKD, self.value_NRSKD)
-            )
-            self._lay_out()

@@ -11,6 +11,7 @@ Result = TypeVar("Result")
 
 # Tokens of a forward above which launches cost nothing: they run ahead of the device.
 MAX_GRAPH_TOKENS = 16384
+CAPTURED_DEVICES = ("cuda",)
 
 
 class CapturedStep(Generic[Result]):
@@ -23,7 +24,7 @@ class CapturedStep(Generic[Result]):
 
     def __init__(self, function: Callable[[], Result], device: torch.device, is_worth: bool = True) -> None:
         self.function = function
-        self.is_captured = is_worth and device.type == "cuda"
+        self.is_captured = is_worth and device.type in CAPTURED_DEVICES
         self.num_calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.result: Result

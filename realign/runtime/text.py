@@ -144,11 +144,15 @@ class _Writer:
 
     def _write_some(self) -> list[list[int]]:
         """The next tokens of all rows: [T][R]."""
-        return torch.stack([self.step().clone() for _ in range(self.num_steps)]).tolist()
+        written = []
+        for _ in range(self.num_steps):
+            self.decoder.make_room()
+            written.append(self.step().clone())
+        return torch.stack(written).tolist()
 
     def _step(self) -> Tensor:
         """One token of every row, on the device."""
-        logits_RV = self.decoder.step(self.token_R)
+        logits_RV = self.decoder.score(self.token_R)
         self.token_R.copy_(self.choices.choose(logits_RV))
         return self.token_R
 

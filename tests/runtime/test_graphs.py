@@ -8,71 +8,137 @@ import sys
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from realign.reasoning.programs import PROGRAMS
 from realign.runtime import sampler
+from realign.runtime.context import build_text_block, extend
+from realign.runtime.engine import Engine
 from realign.runtime.graphs import CapturedStep
 from realign.runtime.kv import Context
 from realign.runtime.noise import NoiseKey
+from realign.runtime.prepare import crop_picture
 from realign.runtime.settings import TextSettings
-from realign.runtime.text import _Row, _Writer
+from realign.runtime.text import _Row, _Writer, decode_text
 from tests.runtime.test_sampler import contexts, jobs  # noqa: F401, fixtures
 
-CUDA = torch.device("cuda")
+CPU = torch.device("cpu")
 
 
-class FakeGraph:
-    """A graph that does what was recorded, as CUDA's does: nothing while it is recorded."""
+class RecordedGraph:
+    """What a CUDA graph does, on a CPU: every operation of a recording, again on the same tensors.
 
-    recording: FakeGraph | None = None
+    A recording changes nothing: what was written while it was made is put back.
+    """
 
     def __init__(self) -> None:
-        self.recorded: list = []
+        self.calls: list[tuple] = []
 
     def replay(self) -> None:
-        for work in self.recorded:
-            work()
+        for function, args, kwargs, results in self.calls:
+            again = tree_leaves(function(*args, **kwargs))
+            for new, old in zip(again, results, strict=True):
+                if isinstance(new, torch.Tensor) and new is not old:
+                    old.copy_(new)
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, graph: RecordedGraph) -> None:
+        super().__init__()
+        self.graph, self.before = graph, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for argument, value in zip(function._schema.arguments, args, strict=False):
+            self._save(argument, value)
+        for argument in function._schema.arguments:
+            self._save(argument, kwargs.get(argument.name))
+        result = function(*args, **kwargs)
+        if not is_view(result, (args, kwargs)):
+            self.graph.calls.append((function, args, kwargs, tree_leaves(result)))
+        return result
+
+    def _save(self, argument, value) -> None:
+        if isinstance(value, torch.Tensor) and argument.alias_info and argument.alias_info.is_write:
+            self.before.setdefault(id(value), (value, value.clone()))
+
+    def restore(self) -> None:
+        for tensor, before in reversed(self.before.values()):
+            tensor.copy_(before)
+
+
+def is_view(result, arguments) -> bool:
+    """Whether it is another tensor in the memory of an argument: it is there already when a replay begins."""
+    given = [value for value in tree_leaves(arguments) if isinstance(value, torch.Tensor)]
+    return (
+        isinstance(result, torch.Tensor)
+        and all(result is not value for value in given)
+        and result.untyped_storage().data_ptr() in {value.untyped_storage().data_ptr() for value in given}
+    )
 
 
 @pytest.fixture
-def fake_graphs(monkeypatch):
+def recorded_graphs(monkeypatch):
+    """Steps are captured on this device; the graphs are given back."""
+    graphs = []
+
     @contextlib.contextmanager
     def record(graph):
-        FakeGraph.recording = graph
-        yield
-        FakeGraph.recording = None
+        graphs.append(graph)
+        with Recorder(graph) as recorder:
+            yield
+        recorder.restore()
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr("realign.runtime.graphs.CAPTURED_DEVICES", ("cpu",))
+    monkeypatch.setattr("realign.runtime.text.STEPS_AT_ONCE", {"cpu": 8})
+    return graphs
 
 
-def build_counter():
-    """A step that adds one to what it returns; `calls` counts how often Python ran it."""
+def test_every_call_is_one_step_and_the_third_runs_no_python(recorded_graphs):
     count, calls = torch.zeros(1), []
 
     def step():
         calls.append(1)
-        if FakeGraph.recording:
-            FakeGraph.recording.recorded.append(lambda: count.add_(1))
-        else:
-            count.add_(1)
-        return count
+        return count.add_(1) * 10
 
-    return step, calls
-
-
-def test_every_call_is_one_step_and_the_third_runs_no_python(fake_graphs):
-    step, calls = build_counter()
-    captured = CapturedStep(step, CUDA)
-    assert [captured().item() for _ in range(5)] == [1, 2, 3, 4, 5]
+    captured = CapturedStep(step, CPU)
+    assert [captured().item() for _ in range(5)] == [10, 20, 30, 40, 50]
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize(("device", "is_worth"), [(torch.device("cpu"), True), (CUDA, False)])
-def test_elsewhere_it_is_the_function(fake_graphs, device, is_worth):
-    step, calls = build_counter()
-    captured = CapturedStep(step, device, is_worth)
-    assert [captured().item() for _ in range(3)] == [1, 2, 3]
-    assert len(calls) == 3
+@pytest.mark.parametrize(("device", "is_worth"), [(torch.device("meta"), True), (CPU, False)])
+def test_elsewhere_it_is_the_function(recorded_graphs, device, is_worth):
+    captured = CapturedStep(lambda: recorded_graphs, device, is_worth)
+    assert [captured() for _ in range(3)] == [[]] * 3
+
+
+@pytest.mark.parametrize("run_tokens", [1, 10**9])
+def test_samples_are_the_same(model, mixed_requests, recorded_graphs, monkeypatch, run_tokens):
+    """Both loops: sizes, schedules and guidance that differ, texts of several lengths, rows that end."""
+    engine = Engine(model, PROGRAMS, prepare=crop_picture, attention="reference", run_tokens=run_tokens)
+    captured = engine.run(mixed_requests)
+    assert len(recorded_graphs) > 5
+    monkeypatch.setattr("realign.runtime.graphs.CAPTURED_DEVICES", ())
+    monkeypatch.setattr("realign.runtime.text.STEPS_AT_ONCE", {"cpu": 1})
+    for ours, theirs in zip(captured, engine.run(mixed_requests), strict=True):
+        assert ours.trajectory.text_turns == theirs.trajectory.text_turns
+        assert torch.equal(ours.trajectory.latent_LC, theirs.trajectory.latent_LC)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 400])
+def test_texts_are_the_same_where_places_are_refilled(model, recorded_graphs, monkeypatch, max_tokens):
+    (context,) = extend(model, [Context()], [build_text_block(model, "a red mug")])
+    contexts = [context, Context()] * 4
+    settings = [TextSettings(5 + 7 * (n % 3), temperature=n % 2, top_p=0.9) for n in range(8)]
+    keys = [NoiseKey(n, f"{n}", stream="text") for n in range(8)]
+    captured = decode_text(model, contexts, settings, keys, max_tokens)
+    monkeypatch.setattr("realign.runtime.graphs.CAPTURED_DEVICES", ())
+    plain = decode_text(model, contexts, settings, keys)
+    assert [one.turn for one in captured] == [one.turn for one in plain]
+    for ours, theirs in zip(captured, plain, strict=True):
+        assert torch.equal(ours.context.key(-1), theirs.context.key(-1))
 
 
 class HostTalk(TorchDispatchMode):
