@@ -17,9 +17,10 @@ from torch import Tensor
 from realign.model.bagel import Bagel
 from realign.model.mot import Route
 from realign.runtime.attention import Backend, find_backend
-from realign.runtime.attention.interim import decode_attention, merge_attention
+from realign.runtime.attention.interim import merge_attention
 from realign.runtime.attention.plan import Place, SharedRun, group_by_run
 from realign.runtime.kv import Context, Segment, copy_tail
+from realign_kernels import decode_attention
 
 MIN_ROOM = 64
 
@@ -41,12 +42,11 @@ class TextDecoder:
     ) -> None:
         self.model, self.backend = model, backend or find_backend(model.device)
         self.contexts = list(contexts)
-        lengths = [context.tail_length for context in contexts]
-        self.num_used = max(lengths)
-        self.key_NRSKD, self.value_NRSKD = self._make_slots(self.num_used + room)
+        self.lengths = [context.tail_length for context in contexts]
+        self.key_NRSKD, self.value_NRSKD = self._make_slots(max(self.lengths) + room)
         for row, context in enumerate(contexts):
             copy_tail(context, self.key_NRSKD[:, row], self.value_NRSKD[:, row])
-        self.length_R = torch.tensor(lengths, device=model.device)
+        self.length_R = torch.tensor(self.lengths, device=model.device)
         self.position_R = torch.tensor([context.next_position for context in contexts], device=model.device)
         self._lay_out()
 
@@ -56,10 +56,10 @@ class TextDecoder:
         return self.score(token_R)
 
     def make_room(self) -> None:
-        """See that every row can read one more token: slots that are full grow."""
-        self.num_used += 1
+        """See that every row can read one more token: slots grow where one is full."""
+        self.lengths = [length + 1 for length in self.lengths]
         size = self.key_NRSKD.shape[2]
-        if self.num_used > size:
+        if max(self.lengths) > size:
             extra = max(MIN_ROOM, size // 4)
             self.key_NRSKD, self.value_NRSKD = (
                 torch.nn.functional.pad(t, (0, 0, 0, 0, 0, extra)) for t in (self.key_NRSKD, self.value_NRSKD)
@@ -89,10 +89,12 @@ class TextDecoder:
         """Forget all rows but these."""
         index = torch.tensor(rows, dtype=torch.int64, device=self.model.device)
         self.contexts = [self.contexts[row] for row in rows]
+        self.lengths = [self.lengths[row] for row in rows]
+        used = max(self.lengths)
         old = (self.key_NRSKD, self.value_NRSKD)
         self.key_NRSKD, self.value_NRSKD = self._make_slots(old[0].shape[2])
         for new, before in zip((self.key_NRSKD, self.value_NRSKD), old, strict=True):
-            new[:, :, : self.num_used] = before[:, :, : self.num_used].index_select(1, index)
+            new[:, :, :used] = before[:, :, :used].index_select(1, index)
         self.length_R, self.position_R = self.length_R[index], self.position_R[index]
         self._lay_out()
 
@@ -107,12 +109,21 @@ class TextDecoder:
             assert context.tail_length < self.key_NRSKD.shape[2]
             self.contexts[row] = context
             copy_tail(context, self.key_NRSKD[:, row], self.value_NRSKD[:, row])
-            self.num_used = max(self.num_used, context.tail_length)
-            self.length_R[row], self.position_R[row] = context.tail_length, context.next_position
+        self.rewind(rows)
         is_other = runs != [context.runs for context in self.contexts]
         if is_other:
             self._lay_out_runs()
         return is_other
+
+    def rewind(self, rows: Sequence[int]) -> None:
+        """Let rows forget what they have read here."""
+        contexts = [self.contexts[row] for row in rows]
+        index = torch.tensor(rows, dtype=torch.int64, device=self.model.device)
+        lengths = [context.tail_length for context in contexts]
+        self.length_R[index] = torch.tensor(lengths).to(self.length_R)
+        self.position_R[index] = torch.tensor([context.next_position for context in contexts]).to(index)
+        for row, length in zip(rows, lengths, strict=True):
+            self.lengths[row] = length
 
     def _make_slots(self, size: int) -> tuple[Tensor, Tensor]:
         llm, model = self.model.config.llm, self.model

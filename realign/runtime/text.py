@@ -138,9 +138,12 @@ class _Writer:
             for index in ended:
                 row = self.writing[index]
                 row.segment = row.segment or self.decoder.segment(index, row.num_read)
-            self._refill(ended)
-            if len(ended) > len(self.writing) // 4 and not self.waiting:
-                self._drop_ended()
+            ended = self._refill(ended)
+            if ended and (len(ended) > len(self.writing) // 4 or len(ended) == len(self.writing)):
+                self._drop(ended)
+            elif ended:  # they write on, over what they wrote
+                self.decoder.rewind(ended)
+                self.choices.step_R[ended] = 0
 
     def _write_some(self) -> list[list[int]]:
         """The next tokens of all rows: [T][R]."""
@@ -156,9 +159,9 @@ class _Writer:
         self.token_R.copy_(self.choices.choose(logits_RV))
         return self.token_R
 
-    def _refill(self, ended: Sequence[int]) -> None:
-        """Give the places of rows that have ended to rows that wait."""
-        fresh = list(ended[: len(self.waiting)])
+    def _refill(self, ended: Sequence[int]) -> Sequence[int]:
+        """Give the places of rows that have ended to rows that wait; returns those that are left."""
+        fresh, left = list(ended[: len(self.waiting)]), ended[len(self.waiting) :]
         for index in fresh:
             self.writing[index] = self.waiting.popleft()
             self.token_R[index] = self.model.tokenizer.bos
@@ -166,9 +169,10 @@ class _Writer:
             self.choices.put(fresh, [self.writing[index] for index in fresh])
             if self.decoder.replace(fresh, [self.writing[index].context for index in fresh]):
                 self.step = CapturedStep(self._step, self.model.device)
+        return left
 
-    def _drop_ended(self) -> None:
-        keep = [index for index, row in enumerate(self.writing) if not row.is_done]
+    def _drop(self, ended: Sequence[int]) -> None:
+        keep = [index for index in range(len(self.writing)) if index not in set(ended)]
         self.writing = [self.writing[index] for index in keep]
         if keep:
             self.decoder.keep(keep)

@@ -119,7 +119,7 @@ def test_samples_are_the_same(model, mixed_requests, recorded_graphs, monkeypatc
     """Both loops: sizes, schedules and guidance that differ, texts of several lengths, rows that end."""
     engine = Engine(model, PROGRAMS, prepare=crop_picture, attention="reference", run_tokens=run_tokens)
     captured = engine.run(mixed_requests)
-    assert len(recorded_graphs) > 5
+    assert len(recorded_graphs) >= 3
     monkeypatch.setattr("realign.runtime.graphs.CAPTURED_DEVICES", ())
     monkeypatch.setattr("realign.runtime.text.STEPS_AT_ONCE", {"cpu": 1})
     for ours, theirs in zip(captured, engine.run(mixed_requests), strict=True):
@@ -130,12 +130,12 @@ def test_samples_are_the_same(model, mixed_requests, recorded_graphs, monkeypatc
 @pytest.mark.parametrize("max_tokens", [None, 400])
 def test_texts_are_the_same_where_places_are_refilled(model, recorded_graphs, monkeypatch, max_tokens):
     (context,) = extend(model, [Context()], [build_text_block(model, "a red mug")])
-    contexts = [context, Context()] * 4
+    starts = [context, Context()] * 4
     settings = [TextSettings(5 + 7 * (n % 3), temperature=n % 2, top_p=0.9) for n in range(8)]
     keys = [NoiseKey(n, f"{n}", stream="text") for n in range(8)]
-    captured = decode_text(model, contexts, settings, keys, max_tokens)
+    captured = decode_text(model, starts, settings, keys, max_tokens)
     monkeypatch.setattr("realign.runtime.graphs.CAPTURED_DEVICES", ())
-    plain = decode_text(model, contexts, settings, keys)
+    plain = decode_text(model, starts, settings, keys)
     assert [one.turn for one in captured] == [one.turn for one in plain]
     for ours, theirs in zip(captured, plain, strict=True):
         assert torch.equal(ours.context.key(-1), theirs.context.key(-1))

@@ -55,7 +55,7 @@ def read_group(model, request, run_tokens: int, count: int) -> list[dict[str, Co
 
 
 def test_a_group_and_its_branches_hold_the_prompt_once(model, mixed_requests):
-    """The text-unconditional branch is the conditional one without its closing text: it holds nothing more."""
+    """The text-unconditional branch is the conditional one without its end: it holds nothing more."""
     request = mixed_requests[2]
     group = read_group(model, request, run_tokens=1, count=24)
     assert len({own["conditional"] for own in group}) == 1
