@@ -17,6 +17,7 @@ from torch import Tensor
 from realign.model.bagel import Bagel
 from realign.model.mot import Route
 from realign.runtime.attention import Backend, find_backend
+from realign.runtime.attention.backends import OutAndLse
 from realign.runtime.attention.interim import merge_attention
 from realign.runtime.attention.plan import Place, SharedRun, group_by_run
 from realign.runtime.kv import Context, Segment, copy_tail
@@ -141,8 +142,9 @@ class TextDecoder:
         self._lay_out_runs()
 
     def _lay_out_runs(self) -> None:
-        self.shared: list[tuple[Place, SharedRun]] = [
-            (self._find_place(rows), SharedRun(self.backend, run, [1] * len(rows)))
+        kind = RunSlots if self.backend.is_padded else SharedRun
+        self.shared: list[tuple[Place, RunSlots | SharedRun]] = [
+            (self._find_place(rows), kind(self.backend, run, [1] * len(rows)))
             for run, rows in group_by_run(self.contexts).items()
         ]
 
@@ -163,3 +165,14 @@ class TextDecoder:
             of_run = run.attend(layer, query_RHD[place])
             out_RHD[place], lse_RH[place] = merge_attention(out_RHD[place], lse_RH[place], *of_run)
         return out_RHD
+
+
+class RunSlots(SharedRun):
+    """Rows with one query each that attend to one run: it is the slot of every row."""
+
+    def attend(self, layer: int, query_RHD: Tensor) -> OutAndLse:
+        """The rows' new tokens to the run."""
+        slots = (self.run.key_NLKD[layer], self.run.value_NLKD[layer])
+        key_RKSD, value_RKSD = (t.transpose(0, 1).expand(len(query_RHD), -1, -1, -1) for t in slots)
+        length_R = torch.full((len(query_RHD),), self.run.length, device=query_RHD.device)
+        return decode_attention(query_RHD, key_RKSD, value_RKSD, length_R)
