@@ -119,7 +119,7 @@ def test_samples_are_the_same(model, mixed_requests, recorded_graphs, monkeypatc
     """Both loops: sizes, schedules and guidance that differ, texts of several lengths, rows that end."""
     engine = Engine(model, PROGRAMS, prepare=crop_picture, attention="reference", run_tokens=run_tokens)
     captured = engine.run(mixed_requests)
-    assert len(recorded_graphs) >= 3
+    assert len(recorded_graphs) >= 2
     monkeypatch.setattr("realign.runtime.graphs.CAPTURED_DEVICES", ())
     monkeypatch.setattr("realign.runtime.text.STEPS_AT_ONCE", {"cpu": 1})
     for ours, theirs in zip(captured, engine.run(mixed_requests), strict=True):
