@@ -18,10 +18,9 @@ from realign.model.bagel import Bagel
 from realign.model.mot import Route
 from realign.runtime.attention import Backend, find_backend
 from realign.runtime.attention.backends import OutAndLse
-from realign.runtime.attention.interim import merge_attention
 from realign.runtime.attention.plan import Place, SharedRun, group_by_run
 from realign.runtime.kv import Context, Segment, copy_tail
-from realign_kernels import decode_attention
+from realign_kernels import decode_attention, merge_attention
 
 MIN_ROOM = 64
 

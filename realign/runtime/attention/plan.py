@@ -13,12 +13,12 @@ from torch import Tensor
 
 from realign.model.bagel import Bagel
 from realign.runtime.attention.backends import Backend, OutAndLse, find_backend
-from realign.runtime.attention.interim import merge_attention
 from realign.runtime.attention.packed import PackedRows
 from realign.runtime.attention.padded import PaddedRows
 from realign.runtime.attention.rows import group_rows, padded_length, padded_new
 from realign.runtime.attention.spans import Spans
 from realign.runtime.kv import Context, Segment
+from realign_kernels import merge_attention
 
 Place = slice | Tensor  # of some rows' tokens among all packed ones
 
