@@ -61,7 +61,7 @@ class DifferentiableOp:
         self._function = _build_function(name, (self._run, run_backward), save, differentiate)
 
     def __call__(self, *arguments: Any) -> Any:
-        if native._is_watched(dict(enumerate(arguments))):
+        if native._is_watched(arguments):
             return self._op(*arguments)
         if torch.is_grad_enabled() and any(
             isinstance(argument, Tensor) and argument.requires_grad for argument in arguments

@@ -6,7 +6,7 @@ names of the parameters in `csrc`. L packed tokens, C channels, B samples.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -79,18 +79,18 @@ class CPUOp:
         self._op.register_fake(lambda *values: allocate(self._name(values)))
 
     def __call__(self, **arguments: Any) -> Any:
-        return self._op(**arguments) if _is_watched(arguments) else self._run(arguments)
+        return self._op(**arguments) if _is_watched(arguments.values()) else self._run(arguments)
 
     def _name(self, values: tuple[Any, ...]) -> dict[str, Any]:
         """Torch leaves out what has its default value."""
         return dict(zip(self._names, values, strict=False))
 
 
-def _is_watched(arguments: dict[str, Any]) -> bool:
+def _is_watched(arguments: Iterable[Any]) -> bool:
     """True if the compiler, a dispatch mode or a subclass of Tensor wants to see the call."""
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return True
-    return not _PLAIN_TYPES.issuperset(map(type, arguments.values()))
+    return not _PLAIN_TYPES.issuperset(map(type, arguments))
 
 
 def _launch(run: Callable, like_LC: Tensor, arguments: dict[str, Any]) -> None:

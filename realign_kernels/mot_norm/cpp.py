@@ -20,15 +20,13 @@ def _run(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     normed, total, scale = results = ops.allocate(hidden, residual, und, gen, expert, eps)
-    arguments = {"eps": eps, "hidden": hidden, "hidden_dtype": native.DTYPE_CODES[hidden.dtype]}
+    arguments = _common(normed, und, gen, expert)
+    arguments["eps"], arguments["normed"], arguments["scale"] = eps, normed, scale
+    arguments["hidden"], arguments["hidden_dtype"] = hidden, native.DTYPE_CODES[hidden.dtype]
     if residual is not None:
-        arguments |= {
-            "residual": residual,
-            "residual_dtype": native.DTYPE_CODES[residual.dtype],
-            "total": total,
-        }
-    arguments |= {"normed": normed, "scale": scale}
-    native._C.mot_norm(arguments | _common(normed, und, gen, expert))
+        arguments["residual"], arguments["residual_dtype"] = residual, native.DTYPE_CODES[residual.dtype]
+        arguments["total"] = total
+    native._C.mot_norm(arguments)
     return results
 
 
@@ -65,7 +63,7 @@ def _common(x: Tensor, und: Tensor, gen: Tensor | None, expert: Tensor | None) -
 
 def _round(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Float32 numbers that `dtype` can hold."""
-    return weight.to(dtype).float()
+    return weight if weight.dtype == dtype == torch.float32 else weight.to(dtype).float()
 
 
 mot_norm_cpp = ops.define("mot_norm", _run, _run_backward)

@@ -29,14 +29,12 @@ def allocate(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The results of forward, not computed."""
-    device, dtype = hidden.device, hidden.dtype
+    dtype, device = hidden.dtype, hidden.device
     if residual is not None:
         dtype = torch.promote_types(dtype, residual.dtype)
-    return (
-        torch.empty(hidden.shape, dtype=dtype, device=device),
-        torch.empty((0, 0) if residual is None else hidden.shape, dtype=dtype, device=device),
-        torch.empty(hidden.shape[0], dtype=torch.float32, device=device),
-    )
+    normed = torch.empty_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
+    total = torch.empty((0, 0), dtype=dtype, device=device) if residual is None else torch.empty_like(normed)
+    return normed, total, torch.empty(hidden.shape[0], dtype=torch.float32, device=device)
 
 
 def allocate_backward(
@@ -51,7 +49,7 @@ def allocate_backward(
     """The results of backward, not computed."""
     weights_shape = (1 if gen is None else 2, x.shape[1])
     return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        torch.empty_like(x, memory_format=torch.contiguous_format),
         torch.empty(weights_shape, dtype=torch.float32, device=x.device),
     )
 

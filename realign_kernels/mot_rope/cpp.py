@@ -40,23 +40,27 @@ def _key_out(key: Tensor) -> dict[str, Any]:
 
 
 def _inputs(inputs: Inputs, eps: float) -> dict[str, Any]:
-    inputs = inputs._replace(query=ops.as_rows(inputs.query), key=ops.as_rows(inputs.key))
-    arguments = inputs._asdict()
-    for name in ("cos", "sin", "und_query", "gen_query", "und_key", "gen_key"):
-        if arguments[name] is not None:
-            arguments[name] = arguments[name].float()
-    num_tokens, num_query_heads, dim = inputs.query.shape
-    return arguments | {
+    query, key = ops.as_rows(inputs.query), ops.as_rows(inputs.key)
+    num_tokens, num_query_heads, dim = query.shape
+    arguments = {
         "num_tokens": num_tokens,
         "dim": dim,
         "num_query_heads": num_query_heads,
-        "num_key_heads": inputs.key.shape[1],
-        "query_stride": inputs.query.stride(0),
-        "key_stride": inputs.key.stride(0),
+        "num_key_heads": key.shape[1],
+        "query_stride": query.stride(0),
+        "key_stride": key.stride(0),
         "num_threads": torch.get_num_threads(),
         "eps": eps,
-        "dtype": native.DTYPE_CODES[inputs.query.dtype],
+        "dtype": native.DTYPE_CODES[query.dtype],
+        "query": query,
+        "key": key,
+        "expert": inputs.expert,
+        "index": inputs.index,
     }
+    for name, tensor in zip(Inputs._fields[2:8], inputs[2:8], strict=True):  # tables and weights
+        if tensor is not None:
+            arguments[name] = tensor.float()
+    return arguments
 
 
 mot_rope_cpp = ops.define("mot_rope", _run, _run_backward)

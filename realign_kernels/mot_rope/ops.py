@@ -81,7 +81,7 @@ def as_rows(heads: Tensor) -> Tensor:
 
 
 def _empty_like(heads: Tensor) -> Tensor:
-    return torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
+    return torch.empty_like(heads, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):
