@@ -1,8 +1,9 @@
 """Triton path of `decode_attention`. R rows, H query heads, K key heads, G = H / K, S tokens, D head dim.
 
-A program is a key head of a row with all its query heads, which one product of matrices scores. Lengths are
-read on the device alone, so that a graph of launches can be replayed while they grow. Tokens are cut into
-chunks, and those into blocks, from a row's first token on: the order of sums follows from its own length.
+A program takes a chunk of tokens of a key head of a row, and all its query heads: one product of matrices
+scores them. A second pass adds up the chunks of a row. So few rows keep a chip busy. Lengths are read on the
+device alone: a graph of launches can be replayed while they grow. Chunks, and the blocks in them, are cut
+from a row's first token on: the order of sums follows from its own length.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from realign_kernels.decode_attention import ops
 from realign_kernels.launch import launch
 
-CHUNK = 256  # tokens whose sums a second pass adds up, where chunks run apart
+CHUNK = 256  # tokens of a program: its sums, in float32, are a few percent of what it reads
 BLOCK_NUMBERS = 8192  # of a block of keys
 MIN_SIDE = 16  # of the matrices of a product
 
@@ -76,37 +77,15 @@ def attend_chunk(
     return b_max, b_total, b_acc
 
 
-@triton.jit
-def add_chunk(b_max, b_total, b_acc, b_next_max, b_next_total, b_next_acc):
-    """The sums of the chunks so far, and of the next, which has a token: its highest score is a number."""
-    b_highest = tl.maximum(b_max, b_next_max)
-    b_factor = tl.exp(b_max - b_highest)
-    b_next_factor = tl.exp(b_next_max - b_highest)
-    b_total = b_total * b_factor + b_next_total * b_next_factor
-    b_acc = b_acc * b_factor[:, None] + b_next_acc * b_next_factor[:, None]
-    return b_highest, b_total, b_acc
-
-
-@triton.jit
-def store_rows(p_out, p_lse, i_first, b_max, b_total, b_acc, G: tl.constexpr, D: tl.constexpr):
-    """Attended values and log-sum-exps of G heads from `i_first` on; 0 and -inf where there was no token."""
-    o_g = tl.arange(0, b_acc.shape[0])
-    o_d = tl.arange(0, b_acc.shape[1])
-    b_total_or_one = tl.where(b_total > 0, b_total, 1.0)
-    b_out = tl.div_rn(b_acc, b_total_or_one[:, None] + tl.zeros_like(b_acc))
-    mask = (o_g < G)[:, None] & (o_d < D)[None, :]
-    tl.store(p_out + (i_first + o_g)[:, None] * D + o_d[None, :], b_out, mask=mask)
-    tl.store(p_lse + i_first + o_g, b_max + tl.log(b_total_or_one), mask=o_g < G)
-
-
 @triton.jit(do_not_specialize=["num_tokens"])
 def decode_attention_kernel(
     p_query,
     p_key,
     p_value,
     p_length,
-    p_out,
-    p_lse,
+    p_max,
+    p_total,
+    p_acc,
     num_tokens,
     stride_query_row,
     stride_query_head,
@@ -127,59 +106,97 @@ def decode_attention_kernel(
 ):
     i_r = tl.program_id(0).to(tl.int64)
     i_k = tl.program_id(1).to(tl.int64)
-    o_g = tl.arange(0, BG)
-    o_d = tl.arange(0, BD)
+    start = tl.program_id(2) * BC
     length = tl.minimum(tl.load(p_length + i_r), num_tokens).to(tl.int32)
-    p_query += i_r * stride_query_row + i_k * G * stride_query_head
-    m_q = (o_g < G)[:, None] & (o_d < D)[None, :]
-    b_query = tl.load(p_query + o_g[:, None] * stride_query_head + o_d[None, :], mask=m_q, other=0.0)
-    p_key += i_r * stride_key_row + i_k * stride_key_head
-    p_value += i_r * stride_value_row + i_k * stride_value_head
-    b_max = tl.full((BG,), float("-inf"), tl.float32)
-    b_total = tl.zeros((BG,), tl.float32)
-    b_acc = tl.zeros((BG, BD), tl.float32)
-    for start in range(0, length, BC):
+    if start < length:
+        o_g = tl.arange(0, BG)
+        o_d = tl.arange(0, BD)
+        m_gd = (o_g < G)[:, None] & (o_d < D)[None, :]
+        p_query += i_r * stride_query_row + i_k * G * stride_query_head
+        b_query = tl.load(p_query + o_g[:, None] * stride_query_head + o_d[None, :], mask=m_gd, other=0.0)
+        p_key += i_r * stride_key_row + i_k * stride_key_head
+        p_value += i_r * stride_value_row + i_k * stride_value_head
         end = tl.minimum(start + BC, length)
-        b_next_max, b_next_total, b_next_acc = attend_chunk(
+        b_max, b_total, b_acc = attend_chunk(
             b_query, p_key, p_value, start, end, stride_key, stride_value, scale, D, BG, BS, BD
         )
-        b_max, b_total, b_acc = add_chunk(b_max, b_total, b_acc, b_next_max, b_next_total, b_next_acc)
-    store_rows(p_out, p_lse, (i_r * K + i_k) * G, b_max, b_total, b_acc, G, D)
+        o_r = ((i_r * K + i_k) * tl.num_programs(2) + tl.program_id(2)) * G + o_g
+        tl.store(p_max + o_r, b_max, mask=o_g < G)
+        tl.store(p_total + o_r, b_total, mask=o_g < G)
+        tl.store(p_acc + o_r[:, None] * D + o_d[None, :], b_acc, mask=m_gd)
 
 
-def tile_constants(query: Tensor, key: Tensor) -> dict[str, int]:
-    """Heads, their dim, and the sizes of blocks: these follow from the heads alone."""
-    (_, num_heads, dim), key_heads = query.shape, key.shape[1]
-    block_dim = max(triton.next_power_of_2(dim), MIN_SIDE)
-    return {
-        "K": key_heads,
-        "G": num_heads // key_heads,
-        "D": dim,
-        "BG": max(triton.next_power_of_2(num_heads // key_heads), MIN_SIDE),
-        "BS": min(max(BLOCK_NUMBERS // block_dim, MIN_SIDE), 128),
-        "BD": block_dim,
-        "BC": CHUNK,
-    }
+@triton.jit(do_not_specialize=["num_tokens", "num_chunks"])
+def decode_attention_sum_kernel(
+    p_length,
+    p_max,
+    p_total,
+    p_acc,
+    p_out,
+    p_lse,
+    num_tokens,
+    num_chunks,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BC: tl.constexpr,
+    BN: tl.constexpr,
+):
+    i_r = tl.program_id(0).to(tl.int64)
+    i_h = tl.program_id(1)
+    i_rh = i_r * tl.num_programs(1) + i_h
+    o_d = tl.arange(0, BD)
+    # A chunk has the heads of a key head side by side.
+    first = (i_r * (tl.num_programs(1) // G) + i_h // G) * num_chunks * G + i_h % G
+    count = tl.cdiv(tl.minimum(tl.load(p_length + i_r), num_tokens).to(tl.int32), BC)
+    highest = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    b_acc = tl.zeros((BD,), tl.float32)
+    for i_n in range(0, count, BN):
+        o_n = i_n + tl.arange(0, BN)
+        m_n = o_n < count
+        o_c = first + o_n * G
+        b_max = tl.load(p_max + o_c, mask=m_n, other=float("-inf"))
+        b_total = tl.load(p_total + o_c, mask=m_n, other=0.0)
+        m_nd = m_n[:, None] & (o_d < D)[None, :]
+        b_next_acc = tl.load(p_acc + o_c[:, None] * D + o_d[None, :], mask=m_nd, other=0.0)
+        next_highest = tl.maximum(highest, tl.max(b_max, axis=0))
+        factor = tl.exp(highest - next_highest)
+        b_weight = tl.exp(b_max - next_highest)
+        total = total * factor + tl.sum(b_total * b_weight, axis=0)
+        b_acc = b_acc * factor + tl.sum(b_next_acc * b_weight[:, None], axis=0)
+        highest = next_highest
+    divisor = tl.where(total > 0, total, 1.0)  # 0 and -inf where there was no token
+    tl.store(p_out + i_rh * D + o_d, tl.div_rn(b_acc, divisor + tl.zeros_like(b_acc)), mask=o_d < D)
+    tl.store(p_lse + i_rh, highest + tl.log(divisor))
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    query = ops.in_place(query)
-    out, lse = ops.allocate(query)
-    numbers = (
-        key.shape[2],
-        *query.stride()[:2],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        query.shape[2] ** -0.5,
-    )
+    query, length = ops.in_place(query), length.contiguous()
+    out, lse = results = ops.allocate(query)
+    num_rows, key_heads, num_tokens, dim = key.shape
+    num_groups, num_chunks = query.shape[1] // key_heads, triton.cdiv(num_tokens, CHUNK)
+    # Tiles follow from the heads alone.
+    block_dim = max(triton.next_power_of_2(dim), MIN_SIDE)
+    constants = {"G": num_groups, "D": dim, "BD": block_dim, "BC": CHUNK}
+    shape = (num_rows, key_heads, num_chunks, num_groups)
+    highest, total = (torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2))
+    acc = torch.empty((*shape, dim), dtype=torch.float32, device=query.device)
+    strides = (*query.stride()[:2], *key.stride()[:3], *value.stride()[:3])
     launch(
         decode_attention_kernel,
-        (len(query), key.shape[1]),
-        *(query, key, value, length.contiguous(), out, lse),
-        *numbers,
-        **tile_constants(query, key),
+        shape[:3],
+        *(query, key, value, length, highest, total, acc),
+        *(num_tokens, *strides, dim**-0.5),
+        K=key_heads,
+        BG=max(triton.next_power_of_2(num_groups), MIN_SIDE),
+        BS=min(max(BLOCK_NUMBERS // block_dim, MIN_SIDE), 128),
+        **constants,
     )
-    return out, lse
+    chunks = (length, highest, total, acc)
+    grid = (num_rows, query.shape[1])
+    launch(decode_attention_sum_kernel, grid, *chunks, out, lse, num_tokens, num_chunks, BN=16, **constants)
+    return results
 
 
 decode_attention_triton = torch.library.custom_op(

@@ -52,10 +52,17 @@ def test_values(lengths, heads, dim, dtype, impl):
     check(DecodeCase.draw(lengths, heads, dim), dtype, impl)
 
 
-@needs_cpp
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_many_tokens(dtype):
-    check(DecodeCase.draw([30_000, 1, 4_097], (7, 1), 32), dtype, "cpp")
+def test_many_tokens(dtype, impl):
+    check(DecodeCase.draw([9_000, 1, 4_097], (3, 1), 24), dtype, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_slots_without_room(impl):
+    out_RHD, lse_RH = run(DecodeCase.draw([0, 0], (4, 2), 8, spare=0).on(impl), impl)
+    assert torch.equal(out_RHD, torch.zeros_like(out_RHD))
+    assert torch.equal(lse_RH, torch.full_like(lse_RH, float("-inf")))
 
 
 @pytest.mark.parametrize("impl", KERNELS)
