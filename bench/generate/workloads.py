@@ -49,10 +49,12 @@ class Sizes:
     reference: int
 
 
-def build_workloads(config: BagelConfig, name: str, max_samples: int | None = None) -> list[Workload]:
+def build_workloads(
+    config: BagelConfig, name: str, max_samples: int | None = None, sizes: Sizes | None = None
+) -> list[Workload]:
     """The variants of a workload; `max_samples` bounds groups, and leaves out larger batches."""
     is_mini = config.name == "mini"
-    sizes = Sizes(64, 64, 32) if is_mini else Sizes(1024, 512, 512)
+    sizes = sizes or (Sizes(64, 64, 32) if is_mini else Sizes(1024, 512, 512))
     workloads = BUILDERS[name](sizes, _draw_world_prompt if is_mini else _draw_random_prompt)
     if max_samples is None:
         return list(workloads)
