@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from realign.runtime.engine import Engine
 from realign.runtime.options import GenerateOptions
 from realign.runtime.request import Prompt, Request, Sample
 from realign.runtime.settings import Settings
+from realign.runtime.stream import StreamOptions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,7 +35,7 @@ class Generator:
         *,
         num_images: int = 1,
         seed: int = 0,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         **options: Any,
     ) -> list[Sample]:
         """Make `num_images` pictures of each prompt.
@@ -43,7 +44,7 @@ class Generator:
             prompts: each a text; or a list of texts and PIL pictures, in order; or a `Prompt`; or a
                 `Request`, which is made as it is.
             seed: with the number of the prompt and of its picture it decides the noise.
-            batch_size: pictures at a time; it does not change them.
+            batch_size: pictures at a time at most; by default as many as fit. It does not change them.
             options: see `realign.runtime.options.GenerateOptions`.
 
         Returns: samples in the order of the prompts, a prompt's pictures together; each has `image`,
@@ -51,19 +52,38 @@ class Generator:
             `trajectory`.
         Raises: ValueError for a prompt or option that cannot be used.
         """
-        for name, value, least in (
-            ("num_images", num_images, 1),
-            ("seed", seed, 0),
-            ("batch_size", batch_size, 1),
-        ):
-            if not isinstance(value, Integral) or value < least:
-                raise ValueError(f"{name} is {value!r}: must be a whole number, at least {least}")
+        check_numbers(num_images, seed, batch_size)
         requests = build_requests(prompts, build_settings(**options), num_images, seed)
-        for mode in sorted({request.settings.reasoning for request in requests}):
+        self._warn_untrained({request.settings.reasoning for request in requests})
+        return self.engine.run(requests, StreamOptions(batch_size=batch_size))
+
+    def stream(
+        self,
+        prompts: Iterable[Any],
+        *,
+        num_images: int = 1,
+        seed: int = 0,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> Iterator[Sample]:
+        """The same samples as of `generate`, each as it is done, of any number of prompts.
+
+        Prompts are taken as they are needed, in a thread; samples come in an order of their own. Prompt 3's
+        picture 1 has `sample.request.id` "00003/1".
+
+        Raises: ValueError as `generate`, but for a prompt only where it is met.
+        """
+        check_numbers(num_images, seed, batch_size)
+        settings = build_settings(**options)
+        self._warn_untrained({settings.reasoning})
+        requests = iterate_requests(prompts, settings, num_images, seed)
+        return self.engine.stream(requests, StreamOptions(batch_size=batch_size))
+
+    def _warn_untrained(self, modes: set[str]) -> None:
+        for mode in sorted(modes):
             warning = describe_untrained(self.model.config, mode)
             if warning:
-                warnings.warn(warning, stacklevel=2)
-        return [sample for batch in _batches(requests, batch_size) for sample in self.engine.run(batch)]
+                warnings.warn(warning, stacklevel=3)
 
 
 def load(
@@ -81,7 +101,6 @@ def load(
             "auto": varlen on a GPU, sdpa on a CPU.
 
     Raises: ValueError for a folder that is no checkpoint, or if device, dtype or attention cannot be used.
-        used.
     """
     device = find_device(device)
     if dtype == "auto":
@@ -120,6 +139,16 @@ def build_settings(**options: Any) -> Settings:
     return GenerateOptions(**options).settings()
 
 
+def check_numbers(num_images: int, seed: int, batch_size: int | None) -> None:
+    """Raises: ValueError for a number that cannot be used."""
+    numbers = {"num_images": (num_images, 1), "seed": (seed, 0), "batch_size": (batch_size, 1)}
+    for name, (value, least) in numbers.items():
+        if name == "batch_size" and value is None:
+            continue
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} is {value!r}: must be a whole number, at least {least}")
+
+
 def build_requests(
     prompts: Sequence[Any], settings: Settings, num_images: int = 1, seed: int = 0
 ) -> list[Request]:
@@ -127,21 +156,22 @@ def build_requests(
 
     Raises: ValueError naming the prompt that cannot be used.
     """
+    return list(iterate_requests(prompts, settings, num_images, seed))
+
+
+def iterate_requests(
+    prompts: Iterable[Any], settings: Settings, num_images: int = 1, seed: int = 0
+) -> Iterator[Request]:
+    """`build_requests`, prompt by prompt."""
     if isinstance(prompts, str):
         raise ValueError(f"prompts is the text {prompts!r}: must be a list of prompts, such as [{prompts!r}]")
-    requests = []
     for number, value in enumerate(prompts):
         if isinstance(value, Request):
-            requests.append(value)
+            yield value
             continue
         try:
             prompt = Prompt.build(value)
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from None
-        requests += [Request(f"{number:05d}/{index}", prompt, seed, settings) for index in range(num_images)]
-    return requests
-
-
-def _batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
-    for start in range(0, len(requests), size):
-        yield requests[start : start + size]
+        for index in range(num_images):
+            yield Request(f"{number:05d}/{index}", prompt, seed, settings)

@@ -54,6 +54,7 @@ class OwnClaims:
 
     def __init__(self) -> None:
         self._done: set[int] = set()
+        self._taken: set[int] = set()
 
     def opened(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -63,9 +64,13 @@ class OwnClaims:
 
     def reset(self) -> None:
         self._done.clear()
+        self._taken.clear()
 
     def take(self, count: int) -> int | None:
-        return next((number for number in range(count) if number not in self._done), None)
+        number = next((number for number in range(count) if number not in self._taken), None)
+        if number is not None:
+            self._taken.add(number)
+        return number
 
     def finish(self, number: int) -> None:
         self._done.add(number)

@@ -51,6 +51,11 @@ def print_note(message: object) -> None:
         _print_line(f"realign: {message}")
 
 
+def print_own_note(message: object) -> None:
+    """One that each of several processes has of its own."""
+    _print_line(f"realign: {message}")
+
+
 def _print_line(text: str) -> None:
     """Print one line, whatever a file name or a library's message has in it."""
     print(" ".join(text.split()), file=sys.stderr, flush=True)

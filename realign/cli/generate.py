@@ -25,6 +25,7 @@ from realign.cli.console import (
     UsageError,
     print_error,
     print_note,
+    print_own_note,
     print_refusal,
     print_warning,
 )
@@ -134,15 +135,21 @@ class PreparedRun:
         return 0
 
     def _make(self, pending: Sequence[Task], num_done: int, engine: Engine) -> None:
-        batch_size = self.options.batch_size or DEFAULT_BATCH_SIZE
+        from realign.runtime.stream import StreamOptions
+
+        batch_size = self.options.batch_size
         there = f", {num_done} are there already" if num_done else ""
         several = "" if self.process.is_alone else f", {self.process.world_size} processes"
         where = f"{self.device.partition(':')[0]}, {self.dtype}, attention {engine.backend.name}"
-        how = f"{batch_size} at a time, {where}{several}"
+        how = f"{batch_size or 'as many as fit'} at a time, {where}{several}"
         print_note(f"{len(pending)} pictures to make{there}; {how}")
         job = Job(self.prompts, self.references, self.options.picture, self.folder)
-        batches = cut_batches(pending, min(batch_size, ceil(len(pending) / self.process.world_size)))
-        job.run(batches, num_done, engine)
+        share = ceil(len(pending) / self.process.world_size)
+        batches = cut_batches(pending, min(batch_size or DEFAULT_BATCH_SIZE, share))
+        # Of several processes none looks so far ahead that others have nothing to do.
+        window = StreamOptions.window if self.process.is_alone else min(StreamOptions.window, ceil(share / 2))
+        engine.report = lambda text: print_own_note(self.process.name_in(text))
+        job.run(batches, num_done, engine, StreamOptions(window, batch_size))
 
     def _complete(self, tasks: Sequence[Task]) -> None:
         """Bring the finished run together, unless another process has."""
@@ -154,7 +161,10 @@ class PreparedRun:
 
     def load_engine(self) -> Engine:
         """Load the weights; raises UsageError where they are damaged or do not fit."""
-        return load_generator(self.model, self.device, self.dtype, self.options.attention).engine
+        engine = load_generator(self.model, self.device, self.dtype, self.options.attention).engine
+        if self.options.memory_gb is not None:
+            engine.memory_bytes = int(self.options.memory_gb * 2**30)
+        return engine
 
     def describe(self) -> dict[str, Any]:
         """What `run.json` says beside the settings: for people, not compared."""

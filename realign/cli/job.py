@@ -1,13 +1,13 @@
-"""The work of a run: the pictures still to make, batch by batch, each saved as it comes.
+"""The work of a run: the pictures still to make, each saved as it comes.
 
-Of several processes each takes a batch at a time, so that a slow one takes fewer, and what a dead one had is
-taken by another.
+Of several processes each takes a batch when it needs one, so that a slow one takes fewer, and what a dead one
+had is taken by another.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from realign.cli.claims import POLL_SECONDS
-from realign.cli.console import Progress, RunError, build_progress
+from realign.cli.console import RunError, build_progress
 from realign.cli.folder import RunFolder
 from realign.cli.layout import Task
 from realign.cli.options import PictureOptions
+from realign.cli.share import Share
+from realign.cli.writer import Writer
 from realign.data.images import Picture, load_picture
 from realign.data.readers import PictureEntry, PromptFile, Reference, TextEntry
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from realign.runtime.engine import Engine
     from realign.runtime.request import Reasoning, Request, Sample
     from realign.runtime.settings import Settings
+    from realign.runtime.stream import StreamOptions
 
 # Decoded reference pictures kept for the prompts that follow; one may have 120 MB.
 REFERENCES_KEPT = 16
@@ -66,38 +69,40 @@ class Job:
     options: PictureOptions
     folder: RunFolder
 
-    def run(self, batches: Sequence[Sequence[Task]], num_done: int, engine: Engine) -> None:
+    def run(
+        self,
+        batches: Sequence[Sequence[Task]],
+        num_done: int,
+        engine: Engine,
+        options: StreamOptions,
+    ) -> None:
         """Make this process's share of the pictures, and see that all are made; `num_done` others were there
         before.
         """
         from realign.api import build_settings
 
         settings = build_settings(**self.options.of_request())
-        load = lru_cache(maxsize=REFERENCES_KEPT)(self._load_reference)
+        tasks = {task.request_id: task for batch in batches for task in batch}
         with build_progress(sum(map(len, batches)) + num_done, num_done) as progress:
-            for batch in self._take_batches(batches, progress):
-                requests = [build_request(task, self.seed_of(task), settings, load) for task in batch]
-                for task, sample in zip(batch, _run_batch(engine, requests), strict=True):
-                    self.folder.save_picture(task, sample.image, self._record(task, sample, load))
-                    progress.advance()
+            share = Share(self.folder, batches, progress)
 
-    def _take_batches(self, batches: Sequence[Sequence[Task]], progress: Progress) -> Iterator[list[Task]]:
-        """What is this process's to make, until all batches are done, by whomever."""
-        claims, counted = self.folder.claims, set()
-        while len(counted) < len(batches):
-            number = claims.take(len(batches))
-            if number is None:
-                time.sleep(POLL_SECONDS)
-            else:
-                missing = [task for task in batches[number] if not self.folder.has_picture(task)]
-                progress.advance(len(batches[number]) - len(missing))
-                if missing:
-                    yield missing
-                claims.finish(number)
-                counted.add(number)
-            others = claims.done(len(batches)) - counted
-            progress.advance(sum(len(batches[other]) for other in others))
-            counted |= others
+            def save(sample: Sample) -> None:
+                task = tasks[sample.request.id]
+                self.folder.save_picture(task, sample.image, self._record(task, sample))
+                share.save(task)
+
+            with Writer(save) as writer:
+                while not share.is_complete():
+                    for sample in _run(engine, self._build_requests(share.take(), settings), options):
+                        writer.put(sample)
+                    writer.flush()
+                    if not share.is_complete():
+                        time.sleep(POLL_SECONDS)  # what a dead process had is free soon
+
+    def _build_requests(self, tasks: Iterable[Task], settings: Settings) -> Iterator[Request]:
+        load = lru_cache(maxsize=REFERENCES_KEPT)(self._load_reference)
+        for task in tasks:
+            yield build_request(task, self.seed_of(task), settings, load)
 
     def seed_of(self, task: Task) -> int:
         return self.options.seed if task.entry.seed is None else task.entry.seed
@@ -111,15 +116,15 @@ class Job:
             raise RunError(f"picture {str(path)!r} was changed while the run was going on")
         return picture
 
-    def _record(self, task: Task, sample: Sample, load: Callable[[Path], Picture]) -> dict[str, Any]:
-        parts = []
+    def _record(self, task: Task, sample: Sample) -> dict[str, Any]:
+        parts, images = [], iter(sample.request.prompt.pictures)
         for part in task.entry.parts:
             if isinstance(part, TextEntry):
                 parts.append({"text": part.text})
             else:
-                picture = load(part.path)
-                name = self.folder.save_reference(picture.sha256, picture.image)
-                width, height = picture.image.size
+                image = next(images)
+                name = self.folder.save_reference(self.references[part.path].sha256, image)
+                width, height = image.size
                 parts.append({"image": name, "source": part.name, "height": height, "width": width})
         return {
             "id": task.entry.id,
@@ -142,15 +147,14 @@ def build_request(task: Task, seed: int, settings: Settings, load: Callable[[Pat
     return Request(id=task.request_id, prompt=Prompt(tuple(parts)), seed=seed, settings=settings)
 
 
-def _run_batch(engine: Engine, requests: Sequence[Request]) -> list[Sample]:
-    import torch
+def _run(engine: Engine, requests: Iterator[Request], options: StreamOptions) -> Iterator[Sample]:
+    """The engine's samples. Raises: RunError where memory does not hold even one."""
+    from realign.runtime.budget import MemoryShortage
 
     try:
-        return engine.run(requests)
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"the device has too little memory for --batch-size {len(requests)}, give less"
-        ) from error
+        yield from engine.stream(requests, options)
+    except MemoryShortage as error:
+        raise RunError(error) from error
 
 
 def _describe_reasoning(reasoning: Reasoning | None) -> dict[str, Any] | None:

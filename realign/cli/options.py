@@ -68,6 +68,7 @@ class RunOptions:
     device: str = "auto"
     dtype: str = "auto"
     attention: str = "auto"
+    memory_gb: float | None = None
     picture: PictureOptions = PictureOptions()
 
     @classmethod
@@ -75,15 +76,16 @@ class RunOptions:
         values = vars(args)
         picture = {name: values[name] for name in PictureOptions.__dataclass_fields__}
         picture["guidance_interval"] = tuple(picture["guidance_interval"])
-        own = {
-            name: values[name] for name in ("format", "model", "batch_size", "device", "dtype", "attention")
-        }
+        names = ("format", "model", "batch_size", "device", "dtype", "attention", "memory_gb")
+        own = {name: values[name] for name in names}
         return cls(Path(args.prompts), Path(args.out), picture=PictureOptions(**picture), **own)
 
     def check(self) -> None:
         self.picture.check()
         if self.batch_size is not None:
             _check_range("--batch-size", self.batch_size, 1)
+        if self.memory_gb is not None:
+            _check_positive("--memory-gb", self.memory_gb)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +103,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="the library of attention (varlen on cuda, sdpa on a CPU)",
     )
     group.add_argument(
-        "--batch-size", type=int, metavar="N", help="pictures at a time; no picture depends on it (16)"
+        "--batch-size", type=int, metavar="N", help="pictures at a time at most (as many as fit)"
+    )
+    group.add_argument(
+        "--memory-gb",
+        type=float,
+        metavar="GB",
+        help="for work in progress, beside the weights (what is free on cuda, 2 on a CPU)",
     )
     for title in PICTURE_ARGUMENTS:
         add_picture_arguments(parser, title)

@@ -27,7 +27,6 @@ from realign.world.tasks import WorldSample, check_reasoning, num_readings, samp
 
 MODES = {"t2i": ("none",), "in_context": ("none", "ic-cot"), "edit": ("none", "ic-cot")}
 CHAIN_PROMPTS, CHAINS, CHAIN_READINGS = 8, 12, 24
-BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -135,8 +134,7 @@ def judge_samples(drawn: Sequence[WorldSample], made: Sequence[Sample]) -> list[
 
 
 def _run(generator: Generator, requests: Sequence[Request]) -> list[Sample]:
-    batches = (requests[start : start + BATCH_SIZE] for start in range(0, len(requests), BATCH_SIZE))
-    return [made for batch in batches for made in generator.engine.run(batch)]
+    return generator.engine.run(requests)
 
 
 def _judge(drawn: WorldSample, made: Sample, reading: Reading) -> Outcome:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +18,11 @@ from tests.cli.support import list_files
 class QuickEngine:
     """Stands in for the model: pictures that depend on the request alone, at once."""
 
-    def run(self, requests: Sequence) -> list[SimpleNamespace]:
-        return [SimpleNamespace(image=self._draw(request), reasoning=None) for request in requests]
+    backend = SimpleNamespace(name="none")
+
+    def stream(self, requests: Iterable, options: object) -> Iterator[SimpleNamespace]:
+        for request in requests:
+            yield SimpleNamespace(request=request, image=self._draw(request), reasoning=None)
 
     def _draw(self, request) -> Image.Image:
         rng = np.random.default_rng(list(request.id.encode()))

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,18 +99,19 @@ def wait_until(happened: Callable[[], bool]) -> None:
 
 
 class MeetingEngine(QuickEngine):
-    """At its first batch each process waits until `count` of them are there; notes what each is given."""
+    """At its first request each process waits until `count` of them are there; notes what each is given."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self._folder, self._count = folder, count
 
-    def run(self, requests: Sequence) -> list[SimpleNamespace]:
+    def stream(self, requests: Iterable, options: object) -> Iterator[SimpleNamespace]:
         self._folder.mkdir(exist_ok=True)
-        with (self._folder / os.environ["RANK"]).open("a", encoding="utf-8") as file:
-            file.write("".join(f"{request.id}\n" for request in requests))
-        wait_until(lambda: len(list(self._folder.iterdir())) >= self._count)
-        time.sleep(0.01)
-        return super().run(requests)
+        for sample in super().stream(requests, options):
+            with (self._folder / os.environ["RANK"]).open("a", encoding="utf-8") as file:
+                file.write(f"{sample.request.id}\n")
+            wait_until(lambda: len(list(self._folder.iterdir())) >= self._count)
+            time.sleep(0.01)
+            yield sample
 
     @staticmethod
     def read(folder: Path) -> dict[str, list[str]]:

@@ -70,7 +70,11 @@ def test_they_share_the_work_and_leave_one_folder(
     assert sorted(made) == sorted(record["request"] for record in read_records(place.out))
     # The first speaks for all: one note, the last count, one result.
     total = NUM_PROMPTS * NUM_IMAGES
-    assert ended[0].err.splitlines()[0].endswith(f"2 at a time, cpu, float32, {world_size} processes")
+    assert (
+        ended[0]
+        .err.splitlines()[0]
+        .endswith(f"2 at a time, cpu, float32, attention none, {world_size} processes")
+    )
     assert ended[0].err.splitlines()[-1].startswith(f"realign: {total}/{total} pictures, ")
     assert ended[0].out.startswith(f"{total} pictures ({total} new) in {place.out}; look at them in ")
     assert ended[0].out.count("\n") == 1

@@ -7,8 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from itertools import count
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -257,21 +257,20 @@ def test_a_folder_killed_before_its_settings_were_written(
 def test_interrupt_says_how_to_go_on(
     place: Workplace, prompts: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
+    stream = QuickEngine.stream
 
-    def stop(self: QuickEngine, requests: Sequence) -> list[SimpleNamespace]:
-        calls.append(requests)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return [SimpleNamespace(image=self._draw(request), reasoning=None) for request in requests]
+    def stop(self: QuickEngine, requests: Iterable, options: object) -> Iterator[SimpleNamespace]:
+        yield from islice(stream(self, requests, options), 7)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(QuickEngine, "run", stop)
-    outcome = place.generate(prompts, "--batch-size", 7)
+    monkeypatch.setattr(QuickEngine, "stream", stop)
+    outcome = place.generate(prompts)
     assert outcome.code == 130
     assert outcome.err.splitlines()[-1] == (
         f"realign: stopped; what is done is in {place.out}; run the same command again to go on"
     )
     assert len(read_records(place.out)) == 7
+    monkeypatch.setattr(QuickEngine, "stream", stream)
     assert place.generate(prompts).out.startswith("30 pictures (23 new)")
 
 
