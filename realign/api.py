@@ -98,7 +98,7 @@ def load(
         device: "auto" is "cuda" where there is one, else "cpu".
         dtype: "float32", "bfloat16", or "auto": bfloat16 on a GPU, float32 on a CPU.
         attention: "varlen" (torch's own), "flash-attn", "xformers" on a GPU; "sdpa" on a CPU; "reference"; or
-            "auto": varlen on a GPU, sdpa on a CPU.
+            "auto": varlen on a GPU in bfloat16, sdpa on a CPU.
 
     Raises: ValueError for a folder that is no checkpoint, or if device, dtype or attention cannot be used.
     """
@@ -106,7 +106,7 @@ def load(
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = find_dtype(dtype)
-    find_backend(device, attention)  # before the weights are loaded
+    find_backend(device, dtype, attention)  # before the weights are loaded
     return Generator(Bagel.from_pretrained(path, device=device, dtype=dtype), attention)
 
 

@@ -199,11 +199,11 @@ def load_generator(model: ModelFolder, device: str, dtype: str, attention: str =
     """Load the weights; raises UsageError where they are damaged or do not fit, or attention cannot run."""
     import torch
 
-    from realign.api import load
+    from realign.api import find_dtype, load
     from realign.runtime.attention import find_backend
 
     try:
-        find_backend(torch.device(device), attention)
+        find_backend(torch.device(device), find_dtype(dtype), attention)
     except ValueError as error:
         raise UsageError(f"--attention {attention}: {error}") from error
 

@@ -40,7 +40,7 @@ class TextDecoder:
         room: int = MIN_ROOM,
         backend: Backend | None = None,
     ) -> None:
-        self.model, self.backend = model, backend or find_backend(model.device)
+        self.model, self.backend = model, backend or find_backend(model.device, model.dtype)
         self.contexts = list(contexts)
         self.lengths = [context.tail_length for context in contexts]
         self.key_NRSKD, self.value_NRSKD = self._make_slots(max(self.lengths) + room)

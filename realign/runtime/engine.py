@@ -64,7 +64,7 @@ class Engine:
         self.model, self.programs, self.prepare = model, programs, prepare
         self.memory_bytes, self.keep_steps, self.run_tokens = memory_bytes, keep_steps, run_tokens
         self.publisher = Publisher(model)
-        self.backend = find_backend(model.device, attention)
+        self.backend = find_backend(model.device, model.dtype, attention)
         self.lowered: dict[str, int] = {}
         self.report: Callable[[str], object] = warnings.warn
 

@@ -77,7 +77,7 @@ class DenoiseJob:
 
     @cached_property
     def numbers(self) -> list[tuple[float, ...]]:
-        """Of each step what it is computed from: see `_Numbers`."""
+        """Of each step what it is computed from: time, scale of text and of image guidance, a, b, std."""
         return [
             (step.t, self.scale("text", index), self.scale("image", index), step.a, step.b, step.std)
             for index, step in enumerate(self.schedule.steps)

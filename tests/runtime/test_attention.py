@@ -19,7 +19,7 @@ PRESENT = [
     (backend, device)
     for backend in BACKENDS.values()
     for device in DEVICES
-    if backend.find_obstacle(device) is None
+    if backend.find_obstacle(device, torch.bfloat16) is None
 ]
 NAMES = [f"{backend.name}-{device.type}" for backend, device in PRESENT]
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
@@ -126,12 +126,22 @@ def test_a_kernel_without_grouped_heads_is_called_so_that_it_needs_none(is_causa
 def test_the_choice_is_automatic_or_named():
     assert tuple(BACKENDS) == ATTENTION_BACKENDS
     cpu = torch.device("cpu")
-    assert find_backend(cpu).name == "sdpa"
-    assert find_backend(cpu, "reference").name == "reference"
+    assert find_backend(cpu, torch.float32).name == "sdpa"
+    assert find_backend(cpu, torch.float32, "reference").name == "reference"
     with pytest.raises(ValueError, match="attention is 'fast': must be one of auto, varlen"):
-        find_backend(cpu, "fast")
+        find_backend(cpu, torch.float32, "fast")
     with pytest.raises(ValueError, match="attention 'flash-attn' cannot be used on cpu: it runs on CUDA"):
-        find_backend(cpu, "flash-attn")
+        find_backend(cpu, torch.float32, "flash-attn")
+
+
+def test_on_a_gpu_the_dtype_decides():
+    cuda = torch.device("cuda")
+    assert find_backend(cuda, torch.bfloat16).name == "varlen"
+    assert find_backend(cuda, torch.float32).name == "reference"
+    with pytest.raises(
+        ValueError, match="'varlen' cannot be used on cuda: it takes bfloat16 and float16, not float32"
+    ):
+        find_backend(cuda, torch.float32, "varlen")
 
 
 @pytest.fixture
@@ -157,7 +167,7 @@ def test_shared_runs_give_what_whole_contexts_give(model, contexts, name):
     llm, lengths, is_causal = model.config.llm, [6, 3, 4, 6, 5], [False, True, False, False, True]
     heads = [(llm.num_attention_heads,), (llm.num_key_value_heads,), (llm.num_key_value_heads,)]
     new = [torch.randn(sum(lengths), *count, llm.head_dim) for count in heads]
-    backend = find_backend(model.device, name)
+    backend = find_backend(model.device, model.dtype, name)
     joined = join_first(contexts)
     assert [context.num_runs for context in joined] == [1, 1, 0, 1, 1]
     assert joined[0].runs == joined[1].runs == joined[4].runs
@@ -170,7 +180,7 @@ def test_shared_runs_give_what_whole_contexts_give(model, contexts, name):
 @pytest.mark.parametrize("name", ["sdpa", "reference"])
 def test_a_row_has_its_bits_whoever_shares_its_run(model, contexts, name):
     torch.manual_seed(6)
-    llm, backend = model.config.llm, find_backend(model.device, name)
+    llm, backend = model.config.llm, find_backend(model.device, model.dtype, name)
     lengths = [5] * 5
     new = [
         torch.randn(25, n, llm.head_dim) for n in (llm.num_attention_heads, *[llm.num_key_value_heads] * 2)

@@ -31,8 +31,8 @@ class Backend:
     name: str
     is_padded = False
 
-    def find_obstacle(self, device: torch.device) -> str | None:
-        """Why it cannot run on a device here; None if it can."""
+    def find_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot run here on a device, with tensors of a dtype; None if it can."""
         raise NotImplementedError
 
     def attend(
@@ -53,7 +53,7 @@ class Reference(Backend):
 
     name = "reference"
 
-    def find_obstacle(self, device: torch.device) -> str | None:
+    def find_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
 
     def attend(
@@ -92,7 +92,7 @@ class Sdpa(Backend):
     name = "sdpa"
     is_padded = True
 
-    def find_obstacle(self, device: torch.device) -> str | None:
+    def find_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if device.type == "cpu" else "it gives no log-sum-exp of grouped heads but on a CPU"
 
     def attend(
@@ -148,15 +148,20 @@ def attend_grouped(
     return out.reshape(query_RQHD.shape), lse.reshape(num_rows, num_new, num_heads)
 
 
+NOT_INSTALLED = "{} is not installed"
+
+
 class GpuBackend(Backend):
     """A library's kernel for packed sequences on a CUDA device."""
 
     module: str
 
-    def find_obstacle(self, device: torch.device) -> str | None:
+    def find_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cuda":
             return "it runs on CUDA devices alone"
-        return None if _has_module(self.module) else f"{self.module.partition('.')[0]} is not installed"
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+        return None if _has_module(self.module) else NOT_INSTALLED.format(self.module.partition(".")[0])
 
 
 def _has_module(name: str) -> bool:
@@ -182,10 +187,10 @@ class FlashAttention(GpuBackend):
 
     name, module = "flash-attn", "flash_attn"
 
-    def find_obstacle(self, device: torch.device) -> str | None:
-        if device.type == "cuda" and _has_module("flash_attn_interface"):
-            return None
-        return super().find_obstacle(device)
+    def find_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        obstacle = super().find_obstacle(device, dtype)
+        is_third = device.type == "cuda" and _has_module("flash_attn_interface")
+        return None if obstacle == NOT_INSTALLED.format(self.module) and is_third else obstacle
 
     def attend(
         self, query_LHD: Tensor, key_SKD: Tensor, value_SKD: Tensor, spans: Spans, is_causal: bool = False
@@ -304,17 +309,19 @@ BACKENDS = {
 }
 
 
-def find_backend(device: torch.device, name: str = "auto") -> Backend:
-    """A backend by name; "auto" is sdpa on a CPU, else varlen.
+def find_backend(device: torch.device, dtype: torch.dtype, name: str = "auto") -> Backend:
+    """A backend by name; "auto" is sdpa on a CPU, on a GPU varlen, or where that does not take the dtype
+    (float32) reference.
 
     Raises: ValueError for a name that is none, or one that cannot run here.
     """
     if name == "auto":
-        name = "sdpa" if device.type == "cpu" else "varlen"
+        names = ("sdpa",) if device.type == "cpu" else ("varlen", "reference")
+        return next(one for one in map(BACKENDS.get, names) if one.find_obstacle(device, dtype) is None)
     if name not in BACKENDS:
         known = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"attention is {name!r}: must be one of {known}")
-    obstacle = BACKENDS[name].find_obstacle(device)
+    obstacle = BACKENDS[name].find_obstacle(device, dtype)
     if obstacle:
         raise ValueError(f"attention {name!r} cannot be used on {device.type}: {obstacle}: take auto")
     return BACKENDS[name]

@@ -38,7 +38,7 @@ class ContextAttention:
         is_causal: Sequence[bool],
         backend: Backend | None = None,
     ) -> None:
-        backend = backend or find_backend(model.device)
+        backend = backend or find_backend(model.device, model.dtype)
         starts = [0, *accumulate(lengths)]
         self.own: list[tuple[Place, PaddedRows | PackedRows]] = []
         for rows in _group_own(backend, contexts, lengths, is_causal):
