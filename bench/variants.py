@@ -27,11 +27,13 @@ from realign_kernels import (
     VelocityKL,
     clip_preprocess,
     clip_score,
+    decode_attention,
     flow_step,
     group_advantage,
     grpo_loss,
     guided_flow_step,
     guided_velocity,
+    merge_attention,
     mot_norm,
     mot_rope,
     philox_normal,
@@ -45,6 +47,10 @@ MIXED = ("global", "channel", "text_channel")
 OFFSETS = torch.tensor([0, 16, 16, TOKENS], dtype=torch.int32)
 # Dtypes of velocities and of samples, and channels: the sampler's own, then others.
 FORMATS = ((BF16, FLOAT, CHANNELS), (FLOAT, FLOAT, CHANNELS), (HALF, HALF, CHANNELS), (BF16, FLOAT, ODD))
+
+BAGEL, MINI = (28, 4, 128), (4, 2, 32)
+# Dtypes, and query heads, key heads and head dim: those of the models, then others.
+HEADS = ((BF16, BAGEL), (FLOAT, BAGEL), (HALF, BAGEL), (FLOAT, MINI), (BF16, MINI), (BF16, (3, 1, 6)))
 
 
 def make_fields(count: int, dtype: torch.dtype, width: int = CHANNELS) -> list[Tensor]:
@@ -176,18 +182,27 @@ def call_mot_norm() -> None:
             go_back(run, *make_fields(2, dtype, width), *weights)
 
 
+def call_decode_attention() -> None:
+    """Each dtype and number of heads in slots by token, a prefix that all rows share; lengths of 32 bits."""
+    for dtype, (queries, keys, width) in HEADS:
+        query_RHD = torch.zeros(BATCH, queries, width, dtype=dtype)
+        slots = (
+            torch.zeros(2, 1, TOKENS, keys, width, dtype=dtype).transpose(2, 3).expand(2, BATCH, -1, -1, -1)
+        )
+        decode_attention(query_RHD, *slots, torch.zeros(BATCH, dtype=torch.int32), impl="triton")
+
+
+def call_merge_attention() -> None:
+    """Each dtype and number of heads, the values those of wider rows."""
+    for dtype, (queries, _, width) in HEADS:
+        out_LHD = torch.zeros(TOKENS, 2 * queries, width, dtype=dtype)[:, :queries]
+        lse_LH = torch.zeros(TOKENS, queries)
+        merge_attention(out_LHD, lse_LH, out_LHD, lse_LH, impl="triton")
+
+
 def call_mot_rope() -> None:
     """Fused projections of each dtype and number of heads, with two experts' norms; without, into a cache."""
-    bagel, mini, odd = (28, 4, 128), (4, 2, 32), (3, 1, 6)
-    for dtype, heads in (
-        (BF16, bagel),
-        (FLOAT, bagel),
-        (HALF, bagel),
-        (FLOAT, mini),
-        (BF16, mini),
-        (BF16, odd),
-    ):
-        queries, keys, width = heads
+    for dtype, (queries, keys, width) in HEADS:
         rope = RopeTable.build(torch.arange(TOKENS), width, 1e6)
         fused = torch.zeros(TOKENS, queries + 2 * keys, width, dtype=dtype)
         fields = fused.split((queries, keys, keys), dim=1)[:2]
@@ -230,11 +245,13 @@ def call_clip_preprocess() -> None:
 VARIANTS: dict[str, Callable[[], None]] = {
     "clip_preprocess": call_clip_preprocess,
     "clip_score": call_clip_score,
+    "decode_attention": call_decode_attention,
     "flow_step": call_flow_step,
     "group_advantage": call_group_advantage,
     "grpo_loss": call_grpo_loss,
     "guided_flow_step": call_guided_flow_step,
     "guided_velocity": call_guided_velocity,
+    "merge_attention": call_merge_attention,
     "mot_norm": call_mot_norm,
     "mot_rope": call_mot_rope,
     "philox_normal": call_philox_normal,

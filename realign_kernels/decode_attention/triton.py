@@ -17,7 +17,8 @@ from realign_kernels.decode_attention import ops
 from realign_kernels.launch import launch
 
 CHUNK = 256  # tokens of a program: its sums, in float32, are a few percent of what it reads
-BLOCK_NUMBERS = 8192  # of a block of keys
+BLOCK_NUMBERS = 8192  # of a block of keys,
+MAX_BLOCK = 64  # and its tokens: more of short heads do not fit the registers
 MIN_SIDE = 16  # of the matrices of a product
 
 
@@ -190,7 +191,7 @@ def _run(query: Tensor, key: Tensor, value: Tensor, length: Tensor) -> tuple[Ten
         *(num_tokens, *strides, dim**-0.5),
         K=key_heads,
         BG=max(triton.next_power_of_2(num_groups), MIN_SIDE),
-        BS=min(max(BLOCK_NUMBERS // block_dim, MIN_SIDE), 128),
+        BS=min(max(BLOCK_NUMBERS // block_dim, MIN_SIDE), MAX_BLOCK),
         **constants,
     )
     chunks = (length, highest, total, acc)
