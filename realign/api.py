@@ -11,6 +11,9 @@ from typing import Any
 import torch
 
 from realign.model.bagel import Bagel
+from realign.model.fingerprint import hash_checkpoint
+from realign.model.fp8 import Fp8Scales, use_fp8
+from realign.model.weights import find_folder
 from realign.reasoning.programs import PROGRAMS, describe_untrained
 from realign.runtime.attention import find_backend
 from realign.runtime.engine import Engine
@@ -91,6 +94,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     attention: str = "auto",
+    fp8: str | Path | None = None,
 ) -> Generator:
     """Load a checkpoint folder in BAGEL's layout, or the embedded "mini".
 
@@ -99,15 +103,23 @@ def load(
         dtype: "float32", "bfloat16", or "auto": bfloat16 on a GPU, float32 on a CPU.
         attention: "varlen" (torch's own), "flash-attn", "xformers" on a GPU; "sdpa" on a CPU; "reference"; or
             "auto": varlen on a GPU in bfloat16, sdpa on a CPU.
+        fp8: a file of scales that `realign calibrate` made for this checkpoint: the generation expert's
+            products are in float8 then (see `realign.model.fp8`).
 
-    Raises: ValueError for a folder that is no checkpoint, or if device, dtype or attention cannot be used.
+    Raises: ValueError for a folder that is no checkpoint, or an argument that cannot be used.
     """
     device = find_device(device)
     if dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = find_dtype(dtype)
     find_backend(device, dtype, attention)  # before the weights are loaded
-    return Generator(Bagel.from_pretrained(path, device=device, dtype=dtype), attention)
+    scales = None if fp8 is None else Fp8Scales.load(fp8)
+    if scales is not None:
+        scales.check_model(hash_checkpoint(find_folder(path)))
+    model = Bagel.from_pretrained(path, device=device, dtype=dtype)
+    if scales is not None:
+        use_fp8(model, scales)
+    return Generator(model, attention)
 
 
 def find_device(name: str | torch.device) -> torch.device:

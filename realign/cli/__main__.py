@@ -24,6 +24,7 @@ COMMANDS = {
     "gallery": "rebuild index.html of a folder that generate made",
     "verify": "check this implementation against recorded outputs of the reference one",
     "eval": "measure a model on a benchmark",
+    "calibrate": "scales for fp8, from a file of prompts",
     "compare": "what a faster way to draw costs in quality",
 }
 

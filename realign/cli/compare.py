@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from realign.cli.console import UsageError, print_error, print_note
@@ -25,8 +26,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "compare",
         help="what a faster way to draw costs in quality",
-        description="Draw prompts from the same noise as asked for and without step caching, and compare the "
-        "pictures and every step's velocity. Exit code 1 where they differ by more than is allowed.",
+        description="Draw prompts as asked for, and from the same noise without fp8 or step caching, and "
+        "compare pictures and velocities. Exit code 1 where they differ by more than is allowed.",
         allow_abbrev=False,
     )
     parser.add_argument("prompts", metavar="PROMPTS", help="as of realign generate")
@@ -65,18 +66,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompts, _, model, device, dtype = check_inputs(options)
     warn_untrained(options.picture.reasoning, model)
     requests = build_requests(prompts, options)
-    engine = load_generator(model, device, dtype, options.attention).engine
+    plain = fast = load_generator(model, device, dtype, options.attention).engine
+    if options.fp8 is not None:
+        fast = load_generator(model, device, dtype, options.attention, options.fp8).engine
     scorer = load_scorer(args.clip, device)
     from realign.evals.quality import compare  # imported late: it brings torch
 
     print_note(f"{len(requests)} pictures, each drawn three times; {device}, {dtype}")
     size = options.batch_size or DEFAULT_BATCH_SIZE
-    result = compare(engine, engine, requests, size, scorer, print_note)
+    result = compare(plain, fast, requests, size, scorer, print_note)
     about = {
         "model": {"name": model.name, "fingerprint": model.fingerprint()},
         "prompts": {"file": str(options.prompts), "sha256": prompts.sha256},
         "device": device,
         "dtype": dtype,
+        "fp8": None if options.fp8 is None else str(options.fp8),
         "settings": options.picture.as_json(),
     }
     options.out.write_text(json.dumps(about | result, indent=1) + "\n", encoding="utf-8")
@@ -85,14 +89,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_arguments(args: argparse.Namespace, options: RunOptions) -> None:
     """Raises UsageError where there is nothing to compare, or nowhere to write it, or no such threshold."""
-    if options.picture.cache_interval == 1 and not options.picture.reuse_guidance_below:
-        raise UsageError("nothing is drawn faster: give --cache-interval or --reuse-guidance-below")
+    options.check()
+    if not options.picture.settings().caching.is_on and options.fp8 is None:
+        raise UsageError("nothing is drawn faster: give --fp8, --cache-interval or --reuse-guidance-below")
     for name in ("min_psnr", "min_worst_psnr"):
         value = getattr(args, name)
         if value is not None and not math.isfinite(value):
             raise UsageError(f"--{name.replace('_', '-')} {value}: give a number of decibels, such as 30")
-    if not options.out.resolve().parent.is_dir() or options.out.is_dir():
-        raise UsageError(f"--out {options.out}: give the name of a file in a folder that is there")
+    check_out(options.out)
+
+
+def check_out(path: Path) -> None:
+    """Raises UsageError where no file can be written."""
+    if not path.resolve().parent.is_dir() or path.is_dir():
+        raise UsageError(f"--out {path}: give the name of a file in a folder that is there")
 
 
 def build_requests(prompts: PromptFile, options: RunOptions) -> list[Request]:

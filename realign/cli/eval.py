@@ -6,7 +6,7 @@ import argparse
 import json
 
 from realign.cli.console import print_error, print_note
-from realign.cli.options import CACHING, add_picture_arguments
+from realign.cli.options import CACHING, add_fp8_argument, add_picture_arguments
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -28,6 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     world.add_argument("--steps", type=int, default=25, metavar="N", help="denoising timesteps (25)")
     world.add_argument("--reasoning", default="both", choices=("none", "ic-cot", "both"), help="(both)")
     world.add_argument("--device", default="auto", help="such as cpu or cuda (auto)")
+    add_fp8_argument(world)
     add_picture_arguments(world, CACHING)
 
 
@@ -43,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
             args.cache_interval, args.cache_order, args.cache_first, args.reuse_guidance_below
         )
         options = WorldOptions(args.split, args.num, args.seed, args.steps, args.reasoning, caching)
-        result = evaluate(load(args.model, device=args.device), options, report=print_note)
+        result = evaluate(load(args.model, device=args.device, fp8=args.fp8), options, report=print_note)
     except ValueError as error:
         print_error(error)
         return 2

@@ -113,6 +113,9 @@ class PreparedRun:
             "prompts_sha256": prompts.sha256,
             "references_sha256": _hash_references(prompts, references),
             "model_fingerprint": model.fingerprint(),
+            "fp8_sha256": None
+            if options.fp8 is None
+            else hashlib.sha256(options.fp8.read_bytes()).hexdigest(),
         }
         layout = build_layout(prompts.format, options.picture.num_images)
         folder = RunFolder(options.out, layout, settings, process, allowed)
@@ -161,9 +164,10 @@ class PreparedRun:
 
     def load_engine(self) -> Engine:
         """Load the weights; raises UsageError where they are damaged or do not fit."""
-        engine = load_generator(self.model, self.device, self.dtype, self.options.attention).engine
-        if self.options.memory_gb is not None:
-            engine.memory_bytes = int(self.options.memory_gb * 2**30)
+        options = self.options
+        engine = load_generator(self.model, self.device, self.dtype, options.attention, options.fp8).engine
+        if options.memory_gb is not None:
+            engine.memory_bytes = int(options.memory_gb * 2**30)
         return engine
 
     def describe(self) -> dict[str, Any]:
@@ -192,10 +196,24 @@ def check_inputs(
     check_given_size(options.picture, model.config)
     check_sizes(options.picture, model.config, prompts, references)
     check_lengths(model, prompts)
+    if options.fp8 is not None:
+        check_fp8(options.fp8, model)
     return prompts, references, model, device, dtype
 
 
-def load_generator(model: ModelFolder, device: str, dtype: str, attention: str = "auto") -> Generator:
+def check_fp8(path: Path, model: ModelFolder) -> None:
+    """Raises UsageError where `--fp8` names no scales of the model."""
+    from realign.model.fp8 import Fp8Scales
+
+    try:
+        Fp8Scales.load(path).check_model(model.fingerprint())
+    except ValueError as error:
+        raise UsageError(f"--fp8 {path}: {error}") from error
+
+
+def load_generator(
+    model: ModelFolder, device: str, dtype: str, attention: str = "auto", fp8: Path | None = None
+) -> Generator:
     """Load the weights; raises UsageError where they are damaged or do not fit, or attention cannot run."""
     import torch
 
@@ -210,7 +228,7 @@ def load_generator(model: ModelFolder, device: str, dtype: str, attention: str =
     if ":" in device:  # what names no device is to be there too
         torch.cuda.set_device(device)
     try:
-        return load(model.path, device, dtype, attention)
+        return load(model.path, device, dtype, attention, fp8)
     except ValueError as error:
         raise UsageError(f"--model {model.name}: {error}") from error
 

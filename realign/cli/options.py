@@ -69,6 +69,7 @@ class RunOptions:
     dtype: str = "auto"
     attention: str = "auto"
     memory_gb: float | None = None
+    fp8: Path | None = None
     picture: PictureOptions = PictureOptions()
 
     @classmethod
@@ -76,7 +77,7 @@ class RunOptions:
         values = vars(args)
         picture = {name: values[name] for name in PictureOptions.__dataclass_fields__}
         picture["guidance_interval"] = tuple(picture["guidance_interval"])
-        names = ("format", "model", "batch_size", "device", "dtype", "attention", "memory_gb")
+        names = ("format", "model", "batch_size", "device", "dtype", "attention", "fp8", "memory_gb")
         own = {name: values[name] for name in names}
         return cls(Path(args.prompts), Path(args.out), picture=PictureOptions(**picture), **own)
 
@@ -102,6 +103,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", *ATTENTION_BACKENDS),
         help="the library of attention (varlen on cuda, sdpa on a CPU)",
     )
+    add_fp8_argument(group)
     group.add_argument(
         "--batch-size", type=int, metavar="N", help="pictures at a time at most (as many as fit)"
     )
@@ -113,6 +115,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for title in PICTURE_ARGUMENTS:
         add_picture_arguments(parser, title)
+
+
+def add_fp8_argument(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--fp8",
+        type=Path,
+        metavar="FILE",
+        help="float8 products in the generation expert, by scales that `realign calibrate` made (off)",
+    )
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser, title: str) -> None:

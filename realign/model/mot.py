@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from realign.model.config import LLMConfig
+from realign.model.fp8 import Fp8Expert
 from realign.model.linear import FusedLinear, RowLinear
 from realign.model.route import EXPERTS, Route
 from realign_kernels import QKNorm, RopeTable, mot_norm, mot_rope, swiglu
@@ -59,6 +60,9 @@ class MoTLayer(nn.Module):
     """Mixture-of-Transformers (arXiv 2411.04996; BAGEL, arXiv 2505.14683).
 
     Between layers go the residual stream and what is still to be added to it, which the next norm does.
+
+    Attributes:
+        fp8: does what the generation expert does, where `realign.model.fp8.use_fp8` has switched it on.
     """
 
     def __init__(self, config: LLMConfig) -> None:
@@ -68,6 +72,7 @@ class MoTLayer(nn.Module):
         self.num_heads = (config.num_attention_heads, key_heads, key_heads)  # of queries, keys, values
         self.und = Expert(config)
         self.gen = Expert(config)
+        self.fp8: Fp8Expert | None = None
 
     def forward(
         self,
@@ -88,9 +93,8 @@ class MoTLayer(nn.Module):
 
         Values may lie apart by more than a row of their own: with one expert they are where the product is.
         """
-        weights = self._weights("input_norm", route)
-        hidden_LE, normed_LE = add_and_norm(hidden_LE, update_LE, weights, self.eps, route)
-        heads = self._each(route, normed_LE, lambda expert, part_LE: expert.qkv_proj(part_LE))
+        hidden_LE, normed = self._norm("input_norm", hidden_LE, update_LE, route)
+        heads = self._each(route, normed, lambda expert, part_LE: expert.qkv_proj(part_LE))
         query, key, value = heads.unflatten(-1, (-1, self.head_dim)).split(self.num_heads, dim=1)
         norm = None
         if self.has_qk_norm:
@@ -102,19 +106,33 @@ class MoTLayer(nn.Module):
         self, hidden_LE: torch.Tensor, attended_LHD: torch.Tensor, route: Route
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output projection and MLP: the residual stream, and what is to be added to it."""
-        attended_LE = route.unpack(attended_LHD.flatten(1))
-        update_LE = self._each(route, attended_LE, lambda expert, part_LE: expert.o_proj(part_LE))
-        weights = self._weights("post_attention_norm", route)
-        hidden_LE, normed_LE = add_and_norm(hidden_LE, update_LE, weights, self.eps, route)
-        return hidden_LE, self._each(route, normed_LE, Expert.mlp)
+        attended = route.split(route.unpack(attended_LHD.flatten(1)))
+        update_LE = self._each(route, attended, lambda expert, part_LE: expert.o_proj(part_LE))
+        hidden_LE, normed = self._norm("post_attention_norm", hidden_LE, update_LE, route)
+        return hidden_LE, self._each(route, normed, lambda expert, part_LE: expert.mlp(part_LE))
+
+    def _norm(
+        self, norm: str, hidden_LE: torch.Tensor, update_LE: torch.Tensor | None, route: Route
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """The residual stream with the update added, and each expert's part of its norm."""
+        if self.fp8 is None or "gen" not in route.experts:
+            weights = self._weights(norm, route)
+            hidden_LE, normed_LE = add_and_norm(hidden_LE, update_LE, weights, self.eps, route)
+            return hidden_LE, route.split(normed_LE)
+        weights = [getattr(expert, norm).weight for expert in (self.und, self.gen)]
+        rows = (hidden_LE, None) if update_LE is None else (update_LE, hidden_LE)
+        return self.fp8.norm(norm, *rows, weights, route.length - route.sizes[-1], self.eps)
 
     def _each(
-        self, route: Route, tokens_LE: torch.Tensor, function: Callable[[Expert, torch.Tensor], torch.Tensor]
+        self,
+        route: Route,
+        parts: Sequence[torch.Tensor],
+        function: Callable[[Expert | Fp8Expert, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """Each expert's function of its own tokens."""
-        pairs = zip(route.experts, route.split(tokens_LE), strict=True)
-        parts = [function(getattr(self, name), part_LE) for name, part_LE in pairs]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        experts = {"und": self.und, "gen": self.fp8 or self.gen}
+        results = [function(experts[name], part) for name, part in zip(route.experts, parts, strict=True)]
+        return results[0] if len(results) == 1 else torch.cat(results)
 
     def _weights(self, norm: str, route: Route) -> list[torch.Tensor]:
         return [getattr(getattr(self, name), norm).weight for name in route.experts]

@@ -43,7 +43,7 @@ def test_the_gate(place: Workplace, option: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "nothing is drawn faster: give --cache-interval or --reuse-guidance-below"),
+        ((), "nothing is drawn faster: give --fp8, --cache-interval or --reuse-guidance-below"),
         ((*FAST, "--min-psnr", "nan"), "--min-psnr nan: give a number of decibels"),
         ((*FAST, "--clip", "nowhere"), r"--clip nowhere: nowhere has no config\.json"),
         (
