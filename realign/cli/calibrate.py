@@ -7,7 +7,7 @@ from pathlib import Path
 
 from realign.cli.compare import build_requests, check_out
 from realign.cli.console import UsageError, print_error, print_note
-from realign.cli.generate import DEFAULT_BATCH_SIZE, check_inputs, load_generator
+from realign.cli.generate import DEFAULT_BATCH_SIZE, check_inputs, load_engine
 from realign.cli.options import PROMPT_FORMATS, RunOptions, add_run_arguments
 from realign.data.readers import PromptError
 
@@ -48,7 +48,7 @@ def run(options: RunOptions) -> None:
     check_out(options.out)
     prompts, _, model, device, dtype = check_inputs(options)
     requests = build_requests(prompts, options)
-    engine = load_generator(model, device, dtype, options.attention).engine
+    engine = load_engine(options, model, device, dtype)
     from realign.model.fp8 import Fp8Scales, recording_inputs  # imported late: it brings torch
 
     print_note(f"{len(requests)} pictures to draw; {device}, {dtype}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from realign.cli.console import UsageError, print_error, print_note
-from realign.cli.generate import DEFAULT_BATCH_SIZE, check_inputs, load_generator, warn_untrained
+from realign.cli.generate import DEFAULT_BATCH_SIZE, check_inputs, load_engine, warn_untrained
 from realign.cli.job import build_request, build_tasks
 from realign.cli.options import PROMPT_FORMATS, RunOptions, add_run_arguments
 from realign.data.images import load_picture
@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompts, _, model, device, dtype = check_inputs(options)
     warn_untrained(options.picture.reasoning, model)
     requests = build_requests(prompts, options)
-    plain = fast = load_generator(model, device, dtype, options.attention).engine
+    plain = fast = load_engine(options, model, device, dtype)
     if options.fp8 is not None:
-        fast = load_generator(model, device, dtype, options.attention, options.fp8).engine
+        fast = load_engine(options, model, device, dtype, options.fp8)
     scorer = load_scorer(args.clip, device)
     from realign.evals.quality import compare  # imported late: it brings torch
 

@@ -41,7 +41,6 @@ from realign.data.readers import PromptError, PromptFile, Reference, load_refere
 from realign.gallery.pages import page_name
 
 if TYPE_CHECKING:
-    from realign.api import Generator
     from realign.runtime.engine import Engine
 
 DEFAULT_BATCH_SIZE = 16
@@ -164,11 +163,7 @@ class PreparedRun:
 
     def load_engine(self) -> Engine:
         """Load the weights; raises UsageError where they are damaged or do not fit."""
-        options = self.options
-        engine = load_generator(self.model, self.device, self.dtype, options.attention, options.fp8).engine
-        if options.memory_gb is not None:
-            engine.memory_bytes = int(options.memory_gb * 2**30)
-        return engine
+        return load_engine(self.options, self.model, self.device, self.dtype, self.options.fp8)
 
     def describe(self) -> dict[str, Any]:
         """What `run.json` says beside the settings: for people, not compared."""
@@ -211,9 +206,9 @@ def check_fp8(path: Path, model: ModelFolder) -> None:
         raise UsageError(f"--fp8 {path}: {error}") from error
 
 
-def load_generator(
-    model: ModelFolder, device: str, dtype: str, attention: str = "auto", fp8: Path | None = None
-) -> Generator:
+def load_engine(
+    options: RunOptions, model: ModelFolder, device: str, dtype: str, fp8: Path | None = None
+) -> Engine:
     """Load the weights; raises UsageError where they are damaged or do not fit, or attention cannot run."""
     import torch
 
@@ -221,16 +216,19 @@ def load_generator(
     from realign.runtime.attention import find_backend
 
     try:
-        find_backend(torch.device(device), find_dtype(dtype), attention)
+        find_backend(torch.device(device), find_dtype(dtype), options.attention)
     except ValueError as error:
-        raise UsageError(f"--attention {attention}: {error}") from error
+        raise UsageError(f"--attention {options.attention}: {error}") from error
 
     if ":" in device:  # what names no device is to be there too
         torch.cuda.set_device(device)
     try:
-        return load(model.path, device, dtype, attention, fp8)
+        engine = load(model.path, device, dtype, options.attention, fp8).engine
     except ValueError as error:
         raise UsageError(f"--model {model.name}: {error}") from error
+    if options.memory_gb is not None:
+        engine.memory_bytes = int(options.memory_gb * 2**30)
+    return engine
 
 
 def resolve_device(device: str, dtype: str, process: Process = ALONE) -> tuple[str, str]:
