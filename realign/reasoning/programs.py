@@ -53,7 +53,7 @@ class ReasoningProgram:
         scales = [_scale(request.settings.guidance, kind) for kind in kinds]
         drawn = yield Draw(tuple(map(Branch, (conditional, *others), scales, kinds)))
         reasoning = self._reasoning(turns, len(request.prompt.pictures))
-        trajectory = Trajectory(turns, drawn.noise_key, drawn.latent_LC, drawn.steps)
+        trajectory = Trajectory(turns, drawn.noise_key, drawn.latent_LC, drawn.steps, drawn.recording)
         return Sample(request, drawn.image, reasoning, trajectory)
 
     def read_by_branch(self, request: Request) -> dict[str, tuple[Part, ...]]:

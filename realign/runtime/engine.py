@@ -42,6 +42,8 @@ class Engine:
         keep_steps: keep the latents of every step in the trajectories.
         attention: a name of `realign.runtime.attention.BACKENDS`, or "auto".
         run_tokens: see `Reader`.
+        record: keep in the trajectories what training takes again: the stochastic steps that settings ask
+            for, with their log-probs. What was written is then read as training reads it.
 
     Attributes:
         backend: of attention, the one taken.
@@ -60,7 +62,9 @@ class Engine:
         keep_steps: bool = False,
         attention: str = "auto",
         run_tokens: int | None = None,
+        record: bool = False,
     ) -> None:
+        self.record = record
         self.model, self.programs, self.prepare = model, programs, prepare
         self.memory_bytes, self.keep_steps, self.run_tokens = memory_bytes, keep_steps, run_tokens
         self.publisher = Publisher(model)

@@ -17,6 +17,7 @@ from realign.runtime.guidance import Branch
 from realign.runtime.kv import Context
 from realign.runtime.noise import NoiseKey
 from realign.runtime.reader import Reading
+from realign.runtime.recording import Recording
 from realign.runtime.request import Request, Sample
 
 
@@ -56,6 +57,7 @@ class Drawn:
     noise_key: NoiseKey
     latent_LC: Tensor
     steps: tuple[Tensor, ...]
+    recording: Recording | None = None
 
 
 Operation = Read | Write | Draw

@@ -132,14 +132,19 @@ class Reader:
             contexts = [reached[steps[i]] if i in steps else context for i, context in enumerate(contexts)]
         return dict(zip(ways, contexts, strict=True))
 
-    def finish(self, starts: Sequence[Context], written: Sequence[Written]) -> list[Written]:
+    def finish(
+        self, starts: Sequence[Context], written: Sequence[Written], reads_again: bool = False
+    ) -> list[Written]:
         """Let every text that was written be read to its end.
 
         What was read while writing is kept where the text, encoded again, is the tokens that were written: it
-        is then what reading the text gives. Another way to write the same text is read anew.
+        is then what reading the text gives. Another way to write the same text is read anew; with
+        `reads_again` all are.
         """
         tokenizer = self.model.tokenizer
-        is_kept = [tuple(tokenizer.encode(one.turn.text)) == one.turn.ids for one in written]
+        is_kept = [
+            not reads_again and tuple(tokenizer.encode(one.turn.text)) == one.turn.ids for one in written
+        ]
         kept = [one for one, keep in zip(written, is_kept, strict=True) if keep]
         steps = [(one.context, ("text", one.rest)) for one in kept]
         reached = self._extend(steps)

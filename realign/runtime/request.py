@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from realign.runtime.noise import NoiseKey
+from realign.runtime.recording import Recording
 from realign.runtime.settings import Settings
 
 
@@ -138,12 +139,14 @@ class Trajectory:
         noise_key: names the initial noise, `normal(noise_key, latent_LC.shape)`.
         latent_LC: final latents, float32 on the CPU, packed row by row.
         steps: the latents before the first step and after each, if they were asked for.
+        recording: the stochastic steps, if they were asked for.
     """
 
     text_turns: tuple[TextTurn, ...]
     noise_key: NoiseKey
     latent_LC: Tensor
     steps: tuple[Tensor, ...] = ()
+    recording: Recording | None = None
 
 
 @dataclass(frozen=True, eq=False)

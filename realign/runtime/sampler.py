@@ -9,16 +9,16 @@ J running jobs, L their latent tokens, C latent channels, R rows (one branch of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from realign.model.bagel import Bagel
-from realign.model.mot import Route
+from realign.model.mot import Attend, Route
 from realign.runtime.attention import Backend, ContextAttention, order_rows
 from realign.runtime.context import embed_markers, latent_position_ids
 from realign.runtime.forecast import StepNeeds, StepPlan, VelocityHistory, plan_steps
@@ -26,12 +26,21 @@ from realign.runtime.graphs import MAX_GRAPH_TOKENS, CapturedStep
 from realign.runtime.guidance import KINDS, Branch
 from realign.runtime.kv import check_current
 from realign.runtime.noise import NoiseKey, normals, stack_keys
+from realign.runtime.recording import NoisyStep
 from realign.runtime.schedule import Schedule
 from realign.runtime.settings import CachingSettings, GuidanceSettings
-from realign_kernels import Guidance, NoiseKeys, StepCoefficients, guided_flow_step
+from realign_kernels import (
+    Guidance,
+    LogProbCoefficients,
+    NoiseKeys,
+    StepCoefficients,
+    guided_flow_step,
+    guided_velocity,
+)
 from realign_kernels.arguments import RENORMS
 
 OnStep = Callable[[int, list[Tensor | None]], None]
+OnNoisyStep = Callable[[int, NoisyStep], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,9 +86,14 @@ class DenoiseJob:
 
     @cached_property
     def numbers(self) -> list[tuple[float, ...]]:
-        """Of each step what it is computed from: time, scale of text and of image guidance, a, b, std."""
+        """Of each step what it is computed from: time, scale of text and of image guidance, a, b, std,
+        weight and constant of the log-prob."""
         return [
-            (step.t, self.scale("text", index), self.scale("image", index), step.a, step.b, step.std)
+            (
+                step.t,
+                *(self.scale(kind, index) for kind in ("text", "image")),
+                *(step.a, step.b, step.std, step.logprob_weight, step.logprob_constant),
+            )
             for index, step in enumerate(self.schedule.steps)
         ]
 
@@ -101,6 +115,7 @@ def denoise(
     jobs: Sequence[DenoiseJob],
     on_step: OnStep | None = None,
     backend: Backend | None = None,
+    on_noisy_step: OnNoisyStep | None = None,
 ) -> list[Tensor]:
     """Run every job to its end.
 
@@ -108,6 +123,7 @@ def denoise(
         on_step: called before the first step with step 0, and after step i with i + 1; gets the latents in
             the order of `jobs`, None for those that had ended before.
         backend: of attention.
+        on_noisy_step: called after each stochastic step of a job, with the job's number among `jobs`.
 
     Returns: for each job its final latents, float32 [tokens, C].
     """
@@ -124,12 +140,17 @@ def denoise(
     phases: dict[bool, _Phase] = {}  # by whether rows run: what is laid out outlasts steps that run none
     for step in range(ordered[0].schedule.num_steps):
         running = [job for job in ordered if step < job.schedule.num_steps]
-        plan = _Plan.of(running, step)
+        plan = _Plan.of(running, step, on_noisy_step is not None)
         phase = phases.get(plan.has_rows)
         if phase is None or phase.plan != plan:
             phase = phases[plan.has_rows] = None  # frees what was laid out before the next is
             phase = phases[plan.has_rows] = _Phase(model, running, plan, backend)
-        latents[: len(running)] = phase.step(step, table, _before(step, running, latents), histories)
+        before = _before(step, running, latents)
+        made = phase.step(step, table, before, histories)
+        latents[: len(running)] = made.next_LC.split(phase.sizes)
+        if plan.is_recorded:
+            for number, noisy in phase.record(step, before, made):
+                on_noisy_step(order[number], noisy)
         observe(step + 1, latents[: len(running)])
     return [latents[order.index(index)] for index in range(len(jobs))]
 
@@ -156,7 +177,7 @@ def num_latent_tokens(model: Bagel, height: int, width: int) -> int:
     return (height // stride) * (width // stride)
 
 
-NUM_NUMBERS = 6  # of `DenoiseJob.numbers`
+NUM_NUMBERS = 8  # of `DenoiseJob.numbers`
 
 
 def _stack_numbers(jobs: Sequence[DenoiseJob], device: torch.device) -> Tensor:
@@ -169,23 +190,37 @@ def _stack_numbers(jobs: Sequence[DenoiseJob], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a step consists of: the branches of each job that run, whether any job's step is noisy, and
-    whether any job has steps that are forecast.
+    """What a step consists of: the branches of each job that run, whether any job's step is noisy, whether
+    any job has steps that are forecast, and whether noisy steps are recorded.
     """
 
     kinds: tuple[tuple[str, ...], ...]
     is_noisy: bool
     is_cached: bool
+    is_recorded: bool
 
     @classmethod
-    def of(cls, jobs: Sequence[DenoiseJob], step: int) -> _Plan:
+    def of(cls, jobs: Sequence[DenoiseJob], step: int, has_recorder: bool) -> _Plan:
         is_noisy = any(job.schedule.steps[step].std for job in jobs)
         is_cached = any(job.caching.is_on for job in jobs)
-        return cls(tuple(job.plans[step].computed for job in jobs), is_noisy, is_cached)
+        kinds = tuple(job.plans[step].computed for job in jobs)
+        return cls(kinds, is_noisy, is_cached, is_noisy and has_recorder)
 
     @property
     def has_rows(self) -> bool:
         return any(self.kinds)
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """What a step gives: the next latents; where it is recorded, log-probs and the guided velocity too."""
+
+    next_LC: Tensor
+    logprob_J: Tensor | None = None
+    velocity_LC: Tensor | None = None
+
+    def clone(self) -> _Made:
+        return _Made(*(None if part is None else part.clone() for part in vars(self).values()))
 
 
 class _Phase:
@@ -197,49 +232,62 @@ class _Phase:
         self.jobs, self.plan = jobs, plan
         device = model.device
         self.sizes = [num_latent_tokens(model, job.height, job.width) for job in jobs]
-        self.rows = _Rows(model, jobs, plan.kinds, backend) if plan.has_rows else None
+        self.rows = None
+        if plan.has_rows:
+            has_one_time = len({job.schedule.times for job in jobs}) == 1
+            attend = partial(ContextAttention, backend=backend)
+            self.rows = BranchRows(model, jobs, plan.kinds, has_one_time, attend)
         self.cu_seqlens = torch.tensor([0, *accumulate(self.sizes)], dtype=torch.int32, device=device)
         codes = [RENORMS.index(job.guidance.renorm) for job in jobs]
         renorm = jobs[0].guidance.renorm if len(set(codes)) == 1 else torch.tensor(codes).int().to(device)
         renorm_min_J = torch.tensor([job.guidance.renorm_min for job in jobs], dtype=torch.float32).to(device)
         self.numbers_FJ = torch.empty(NUM_NUMBERS, len(jobs), device=device)
-        _, text_J, image_J, a_J, b_J, std_J = self.numbers_FJ
+        _, text_J, image_J, a_J, b_J, std_J, *logprob = self.numbers_FJ
         self.guidance = Guidance(text_J, image_J, renorm, renorm_min_J)
         self.coefficients = StepCoefficients(a_J, b_J, std_J if plan.is_noisy else None)
         self.noise = self._name_noise(device) if plan.is_noisy else None
+        self.logprob = LogProbCoefficients(*logprob) if plan.is_recorded else None
         self.sample_LC = torch.empty(sum(self.sizes), model.config.latent_dim, device=device)
         is_small = self.rows is not None and self.rows.num_tokens <= MAX_GRAPH_TOKENS
         self.run = CapturedStep(self._compute if plan.is_cached else self._run, device, is_small)
 
     def step(
         self, step: int, table: Tensor, latents: Sequence[Tensor], histories: Sequence[VelocityHistory]
-    ) -> list[Tensor]:
+    ) -> _Made:
         """One step of every job: three velocities, guidance, the sampler's update."""
         torch.cat(list(latents), out=self.sample_LC)
         self.numbers_FJ.copy_(table[step, :, : len(self.jobs)])
         if self.noise is not None:
             self.noise.step_B.fill_(step)
         if self.plan.is_cached:
-            next_LC = self._update(self._recall(step, histories))
-        else:
-            next_LC = self.run()
-            if self.run.is_captured:
-                next_LC = next_LC.clone()  # the next replay writes there again
-        return list(next_LC.split(self.sizes))
+            return self._update(self._recall(step, histories))
+        made = self.run()
+        return made.clone() if self.run.is_captured else made  # the next replay writes there again
 
-    def _run(self) -> Tensor:
+    def record(self, step: int, before: Sequence[Tensor], made: _Made) -> Iterator[tuple[int, NoisyStep]]:
+        """The number of each job whose step was noisy, and what is kept of it."""
+        logprobs = made.logprob_J.tolist()
+        parts = zip(before, *(t.split(self.sizes) for t in (made.next_LC, made.velocity_LC)), strict=True)
+        for number, (job, tensors) in enumerate(zip(self.jobs, parts, strict=True)):
+            if job.schedule.steps[step].has_logprob:
+                kept = (tensor.to("cpu", torch.float32, copy=True) for tensor in tensors)
+                yield number, NoisyStep(step, *kept, logprobs[number])
+
+    def _run(self) -> _Made:
         return self._update(self.rows.gather(self._compute()))
 
     def _compute(self) -> Tensor:
         return self.rows.compute(self.sample_LC, self.numbers_FJ[0])
 
-    def _update(self, velocities: Sequence[Tensor | None]) -> Tensor:
-        return guided_flow_step(
-            self.sample_LC, velocities, self.cu_seqlens, self.guidance, self.coefficients, self.noise
-        )
+    def _update(self, velocities: Sequence[Tensor | None]) -> _Made:
+        given = (self.sample_LC, velocities, self.cu_seqlens, self.guidance, self.coefficients, self.noise)
+        if self.logprob is None:
+            return _Made(guided_flow_step(*given))
+        velocity_LC = guided_velocity(velocities, self.cu_seqlens, self.guidance, torch.float32)
+        return _Made(*guided_flow_step(*given, self.logprob), velocity_LC)
 
     def _recall(self, step: int, histories: Sequence[VelocityHistory]) -> list[Tensor | None]:
-        """Velocities as of `_Rows.gather`, of which some may be forecast."""
+        """Velocities as of `BranchRows.gather`, of which some may be forecast."""
         computed: list[dict[str, Tensor]] = [{} for _ in self.jobs]
         if self.rows is not None:
             velocity = self.run()
@@ -256,11 +304,16 @@ class _Phase:
         return stack_keys([replace(job.key, stream="sde") for job in self.jobs], device)
 
 
-class _Rows:
+class BranchRows:
     """The branches that run, as rows of one packed forward: where every token goes.
 
     A row is [start_of_image, latents, end_of_image], all at its context's next position. Rows that share what
     they have read lie together.
+
+    Args:
+        kinds: the branches of each job that run.
+        has_one_time: whether all jobs are at the same time.
+        build_attention: `ContextAttention`, or what does the same.
     """
 
     def __init__(
@@ -268,13 +321,14 @@ class _Rows:
         model: Bagel,
         jobs: Sequence[DenoiseJob],
         kinds: Sequence[tuple[str, ...]],
-        backend: Backend | None,
+        has_one_time: bool,
+        build_attention: Callable[..., Attend] = ContextAttention,
     ) -> None:
         self.model = model
         self.sizes = [num_latent_tokens(model, job.height, job.width) for job in jobs]
         self.start_1E, self.end_1E = embed_markers(model)
         self.place_L = torch.cat([latent_position_ids(model, job.height, job.width) for job in jobs])
-        self.has_one_time = len({job.schedule.times for job in jobs}) == 1
+        self.has_one_time = has_one_time
         job_index = [torch.full((size,), number) for number, size in enumerate(self.sizes)]
         self.job_L = torch.cat(job_index).to(model.device)
         rows = [(number, kind) for number, own in enumerate(kinds) for kind in own]
@@ -284,7 +338,7 @@ class _Rows:
         self.rows, contexts, lengths = ([values[i] for i in order] for values in (rows, contexts, lengths))
         self.num_tokens = sum(lengths)
         self._lay_out([context.next_position for context in contexts])
-        self.attention = ContextAttention(model, contexts, lengths, [False] * len(lengths), backend)
+        self.attention = build_attention(model, contexts, lengths, [False] * len(lengths))
 
     def compute(self, sample_LC: Tensor, time_J: Tensor) -> Tensor:
         """The velocities of all rows, one after the other."""

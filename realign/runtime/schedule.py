@@ -14,12 +14,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from realign.runtime.settings import check_noise
 from realign_kernels import LogProbCoefficients, StepCoefficients
 
 Time = TypeVar("Time", float, Tensor)
-
-
-SDE_RULES = ("flow-grpo", "dance-grpo", "cps")
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class Schedule:
 
         Raises: ValueError for an unknown rule, a negative level (CPS: over 1), a window outside the steps.
         """
-        _check_noise(rule, level)
+        check_noise(rule, level)
         first, end = window or (0, self.num_steps)
         if not 0 <= first <= end <= self.num_steps:
             raise ValueError(f"noise window is ({first}, {end}): must lie within (0, {self.num_steps})")
@@ -127,16 +125,6 @@ def stack_logprobs(steps: Sequence[Step], device: torch.device | str = "cpu") ->
     """The numbers of the log-prob of one step of each sample, as the ops take them."""
     numbers = [[step.logprob_weight, step.logprob_constant] for step in steps]
     return LogProbCoefficients(*torch.tensor(numbers).T.contiguous().to(device))
-
-
-def _check_noise(rule: str, level: float) -> None:
-    if rule not in SDE_RULES:
-        raise ValueError(f"noise rule is {rule!r}: must be one of {', '.join(SDE_RULES)}")
-    most = 1.0 if rule == "cps" else math.inf
-    if not (math.isfinite(level) and 0 <= level <= most):
-        raise ValueError(
-            f"noise level is {level}: must be a number from 0{' to 1' if rule == 'cps' else ' up'}"
-        )
 
 
 def _build_sde_step(schedule: Schedule, index: int, rule: str, level: float) -> Step:

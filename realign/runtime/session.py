@@ -10,6 +10,7 @@ from torch import Tensor
 
 from realign.runtime.operations import Operation
 from realign.runtime.reader import MetPicture
+from realign.runtime.recording import Recording
 from realign.runtime.request import Request, Sample
 from realign.runtime.sampler import DenoiseJob
 
@@ -21,6 +22,7 @@ class Denoised:
     job: DenoiseJob
     latent_LC: Tensor
     steps: tuple[Tensor, ...]
+    recording: Recording | None
 
 
 @dataclass(eq=False)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from realign.model.config import RENORMS
 
 ATTENTION_BACKENDS = ("varlen", "flash-attn", "xformers", "sdpa", "reference")
+SDE_RULES = ("flow-grpo", "dance-grpo", "cps")
 MAX_ORDER = 8  # of a forecast; none above 2 has been seen to gain anything
 
 
@@ -93,6 +94,46 @@ class CachingSettings:
 
 
 @dataclass(frozen=True)
+class NoiseSettings:
+    """Steps that add noise, as GRPO's rollouts do (see `Schedule.with_noise`): off by default.
+
+    Attributes:
+        rule: one of `SDE_RULES`.
+        level: how much noise; 0: none.
+        window: (start, size): the steps that add it, counted from 0; None: all.
+    """
+
+    rule: str = "flow-grpo"
+    level: float = 0.0
+    window: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        check_noise(self.rule, self.level)
+        if self.window is not None and (len(self.window) != 2 or self.window[0] < 0 or self.window[1] < 1):
+            raise ValueError(f"noise window is {self.window}: must be (start, size), such as (0, 3)")
+
+    @property
+    def is_on(self) -> bool:
+        return self.level > 0
+
+    @property
+    def bounds(self) -> tuple[int, int] | None:
+        """The first noisy step, and the first after them."""
+        return None if self.window is None else (self.window[0], sum(self.window))
+
+
+def check_noise(rule: str, level: float) -> None:
+    """Raise ValueError for a noise rule that there is not, or a level that it cannot have."""
+    if rule not in SDE_RULES:
+        raise ValueError(f"noise rule is {rule!r}: must be one of {', '.join(SDE_RULES)}")
+    most = 1.0 if rule == "cps" else math.inf
+    if not (math.isfinite(level) and 0 <= level <= most):
+        raise ValueError(
+            f"noise level is {level}: must be a number from 0{' to 1' if rule == 'cps' else ' up'}"
+        )
+
+
+@dataclass(frozen=True)
 class Settings:
     """Settings of one request; `height`, `width` in pixels, None for the model's own rule."""
 
@@ -104,7 +145,14 @@ class Settings:
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     text: TextSettings = field(default_factory=TextSettings)
     caching: CachingSettings = field(default_factory=CachingSettings)
+    noise: NoiseSettings = field(default_factory=NoiseSettings)
 
     def __post_init__(self) -> None:
+        num_steps = self.num_timesteps - 1
+        if self.noise.window is not None and sum(self.noise.window) > num_steps:
+            what = f"noise window is {self.noise.window}"
+            raise ValueError(
+                f"{what}: must end within the {num_steps} steps of {self.num_timesteps} timesteps"
+            )
         if (self.height is None) != (self.width is None):
             raise ValueError(f"height is {self.height} and width is {self.width}: give both, or neither")

@@ -25,13 +25,20 @@ from realign.runtime.operations import Draw, Drawn, Read, Write
 from realign.runtime.pictures import decode_pictures
 from realign.runtime.planner import Load
 from realign.runtime.reader import Reader
+from realign.runtime.recording import NoisyStep, Recording
 from realign.runtime.request import ImagePart
 from realign.runtime.sampler import DenoiseJob, denoise, num_latent_tokens
 from realign.runtime.schedule import Schedule
 from realign.runtime.session import Denoised, Session
+from realign.runtime.settings import NoiseSettings
 from realign.runtime.text import Written, decode_text, slot_size
 
-build_schedule = lru_cache(maxsize=64)(Schedule.build)
+
+@lru_cache(maxsize=64)
+def build_schedule(num_timesteps: int, shift: float, noise: NoiseSettings) -> Schedule:
+    """The schedule of a request's settings."""
+    schedule = Schedule.build(num_timesteps, shift)
+    return schedule.with_noise(noise.rule, noise.level, noise.bounds) if noise.is_on else schedule
 
 
 class Stage(ABC):
@@ -102,13 +109,18 @@ class ReadStage(Stage):
 
 
 class WriteStage(Stage):
-    """Texts after contexts; rows that end make room for others, so that all go into one call."""
+    """Texts after contexts; rows that end make room for others, so that all go into one call.
+
+    Args:
+        reads_again: what was written is read again, in one piece, as who is given the text reads it: the
+            last bits of keys and values differ from those that were kept while writing.
+    """
 
     name = "writing"
 
-    def __init__(self, model: Bagel, costs: Costs, reader: Reader) -> None:
+    def __init__(self, model: Bagel, costs: Costs, reader: Reader, reads_again: bool = False) -> None:
         super().__init__(model, costs)
-        self.reader = reader
+        self.reader, self.reads_again = reader, reads_again
 
     def is_next(self, session: Session) -> bool:
         return isinstance(session.waiting, Write)
@@ -131,7 +143,7 @@ class WriteStage(Stage):
         max_tokens = slot * max(1, room // row)
         self.reader.max_tokens = room // self.costs.read_token
         written = decode_text(self.model, contexts, settings, keys, max_tokens, self.reader.backend)
-        return self.reader.finish(contexts, written)
+        return self.reader.finish(contexts, written, self.reads_again)
 
 
 class DrawStage(Stage):
@@ -139,13 +151,16 @@ class DrawStage(Stage):
 
     Args:
         keep_steps: keep the latents of every step.
+        record: keep the stochastic steps.
     """
 
     name = "drawing"
 
-    def __init__(self, model: Bagel, costs: Costs, backend: Backend | None, keep_steps: bool) -> None:
+    def __init__(
+        self, model: Bagel, costs: Costs, backend: Backend | None, keep_steps: bool, record: bool
+    ) -> None:
         super().__init__(model, costs)
-        self.backend, self.keep_steps = backend, keep_steps
+        self.backend, self.keep_steps, self.record = backend, keep_steps, record
 
     def is_next(self, session: Session) -> bool:
         return isinstance(session.waiting, Draw) and session.denoised is None
@@ -157,21 +172,28 @@ class DrawStage(Stage):
         held = sum(padded_length(context.tail_length) for context in contexts)
         num_tokens = len(contexts) * size
         num_bytes = (held + num_tokens) * self.costs.kv_token + num_tokens * self.costs.forward_token
-        steps = (settings.num_timesteps, astuple(settings.caching))
+        noise = settings.noise
+        noisy = (noise.rule, noise.level, noise.bounds or ()) if noise.is_on else ()
+        steps = (settings.num_timesteps, astuple(settings.caching), noisy)
         order = (*steps, *session.size, len(contexts), contexts[0].length)
         return Load(order, {session: num_bytes}, num_tokens)
 
     def carry_out(self, sessions: Sequence[Session], room: int) -> list[Denoised]:
         jobs = [_build_job(session) for session in sessions]
         steps: list[list[Tensor]] = [[] for _ in jobs]
+        noisy: list[list[NoisyStep]] = [[] for _ in jobs]
 
         def keep(step: int, current: list[Tensor | None]) -> None:
             for own, latent_LC in zip(steps, current, strict=True):
                 if latent_LC is not None:
                     own.append(latent_LC.cpu())
 
-        latents = denoise(self.model, jobs, keep if self.keep_steps else None, self.backend)
-        return [Denoised(*made) for made in zip(jobs, latents, map(tuple, steps), strict=True)]
+        on_step = keep if self.keep_steps else None
+        on_noisy_step = (lambda job, step: noisy[job].append(step)) if self.record else None
+        latents = denoise(self.model, jobs, on_step, self.backend, on_noisy_step)
+        company = tuple(session.request.id for session in sessions)
+        recordings = [Recording(tuple(own), company) if self.record else None for own in noisy]
+        return [Denoised(*made) for made in zip(jobs, latents, map(tuple, steps), recordings, strict=True)]
 
     def deliver(self, session: Session, result: Denoised) -> None:
         session.denoised = result
@@ -194,7 +216,7 @@ class DecodeStage(Stage):
         jobs, latents = [one.job for one in denoised], [one.latent_LC for one in denoised]
         images = decode_pictures(self.model, jobs, latents)
         return [
-            Drawn(image, one.job.key, one.latent_LC.cpu(), one.steps)
+            Drawn(image, one.job.key, one.latent_LC.cpu(), one.steps, one.recording)
             for image, one in zip(images, denoised, strict=True)
         ]
 
@@ -208,7 +230,7 @@ def _build_job(session: Session) -> DenoiseJob:
     return DenoiseJob(
         session.waiting.branches,
         *session.size,
-        build_schedule(settings.num_timesteps, settings.timestep_shift),
+        build_schedule(settings.num_timesteps, settings.timestep_shift, settings.noise),
         settings.guidance,
         NoiseKey(request.seed, request.id, session.waiting.picture, "initial"),
         session.waiting.noise_LC,

@@ -60,8 +60,8 @@ class Stream:
         self.budget = Budget(engine.memory_bytes or find_free_bytes(model.device), engine.lowered)
         self.reader = Reader(model, engine.prepare, 0, engine.backend, engine.run_tokens)
         self.read = ReadStage(model, costs, self.reader)
-        self.write = WriteStage(model, costs, self.reader)
-        self.draw = DrawStage(model, costs, engine.backend, engine.keep_steps)
+        self.write = WriteStage(model, costs, self.reader, engine.record)
+        self.draw = DrawStage(model, costs, engine.backend, engine.keep_steps, engine.record)
         self.decode = DecodeStage(model, costs)
         self.enough_tokens = ENOUGH_TOKENS[model.device.type]
         self.sessions: list[Session] = []

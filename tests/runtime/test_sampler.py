@@ -189,13 +189,13 @@ def cached(jobs):
 
 def test_steps_that_are_forecast_run_no_rows(model, cached, monkeypatch):
     seen = []
-    compute = sampler._Rows.compute
+    compute = sampler.BranchRows.compute
 
     def watch(self, *arguments):
         seen.append(len(self.rows))
         return compute(self, *arguments)
 
-    monkeypatch.setattr(sampler._Rows, "compute", watch)
+    monkeypatch.setattr(sampler.BranchRows, "compute", watch)
     denoise(model, cached[:1])
     assert seen == [len(plan.computed) for plan in cached[0].plans if plan.computed]
     assert len(seen) < cached[0].schedule.num_steps
