@@ -55,21 +55,20 @@ def _check_heads(query_RHD: Tensor, key_RKSD: Tensor, value_RKSD: Tensor) -> Non
         raise ValueError(f"query_RHD has shape {tuple(query_RHD.shape)}: must be rows by heads by head dim")
     check_dtype("query_RHD", query_RHD.dtype)
     num_rows, num_heads, dim = query_RHD.shape
-    shape = key_RKSD.shape
+    shape, dtype, device = key_RKSD.shape, query_RHD.dtype, query_RHD.device
+    if len(shape) != 4 or value_RKSD.shape != shape or shape[0] != num_rows or shape[3] != dim:
+        raise ValueError(
+            f"key_RKSD and value_RKSD have shapes {tuple(shape)} and {tuple(value_RKSD.shape)}: "
+            f"both must be [{num_rows}, K, S, {dim}], to go with query_RHD"
+        )
     for name, slots in (("key_RKSD", key_RKSD), ("value_RKSD", value_RKSD)):
-        if slots.dim() != 4 or (slots.shape[0], slots.shape[3]) != (num_rows, dim) or slots.shape != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(slots.shape)}: must be [{num_rows}, K, S, {dim}], to go with "
-                "query_RHD, and keys as values"
-            )
         if slots.stride(3) != 1 and dim > 1:
             raise ValueError(
                 f"{name} has strides {slots.stride()}: the numbers of a head must lie next to each other"
             )
-        if slots.dtype != query_RHD.dtype or slots.device != query_RHD.device:
+        if slots.dtype is not dtype or slots.device != device:
             raise ValueError(
-                f"{name} is {slots.dtype} on {slots.device}: "
-                f"must be {query_RHD.dtype} on {query_RHD.device}, as query_RHD"
+                f"{name} is {slots.dtype} on {slots.device}: must be {dtype} on {device}, as query_RHD"
             )
     if not shape[1] or num_heads % shape[1]:
         raise ValueError(f"key_RKSD has {shape[1]} heads: must be a divisor of the query's {num_heads}")
@@ -77,13 +76,15 @@ def _check_heads(query_RHD: Tensor, key_RKSD: Tensor, value_RKSD: Tensor) -> Non
 
 def _check_length(length_R: Tensor, query_RHD: Tensor, num_tokens: int) -> None:
     is_integer = length_R.dtype is torch.int64 or length_R.dtype is torch.int32
-    if not is_integer or length_R.shape != query_RHD.shape[:1] or length_R.device != query_RHD.device:
+    is_per_row = length_R.dim() == 1 and len(length_R) == len(query_RHD)
+    if not is_integer or not is_per_row or length_R.device != query_RHD.device:
         raise ValueError(
             f"length_R is {length_R.dtype} {tuple(length_R.shape)} on {length_R.device}: "
             f"must be int64 or int32 [{len(query_RHD)}] on {query_RHD.device}, a number of tokens per row"
         )
-    if can_read_values(length_R):
-        lengths = length_R.tolist()
-        if lengths and not 0 <= min(lengths) <= max(lengths) <= num_tokens:
-            wrong = min(lengths) if min(lengths) < 0 else max(lengths)
-            raise ValueError(f"length_R holds {wrong}: must be from 0 to {num_tokens}, the tokens of a slot")
+    if can_read_values(length_R) and (lengths := length_R.tolist()):
+        for wrong in (min(lengths), max(lengths)):
+            if not 0 <= wrong <= num_tokens:
+                raise ValueError(
+                    f"length_R holds {wrong}: must be from 0 to {num_tokens}, the tokens of a slot"
+                )

@@ -194,11 +194,11 @@ GOOD = vars(DecodeCase.draw([3, 2], (4, 2), 8))
         ({"query_RHD": torch.zeros(2, 4, 8).int()}, "query_RHD has dtype torch.int32: must be float32"),
         (
             {"key_RKSD": torch.zeros(3, 2, 6, 8)},
-            r"key_RKSD has shape \(3, 2, 6, 8\): must be \[2, K, S, 8\], to go with query_RHD",
+            r"key_RKSD and value_RKSD have shapes \(3, 2, 6, 8\) and \(2, 2, 6, 8\): both must be",
         ),
         (
             {"value_RKSD": torch.zeros(2, 2, 5, 8)},
-            r"value_RKSD has shape \(2, 2, 5, 8\): must be \[2, K, S, 8\]",
+            r"shapes \(2, 2, 6, 8\) and \(2, 2, 5, 8\): both must be \[2, K, S, 8\], to go with query_RHD",
         ),
         (
             {"key_RKSD": torch.zeros(2, 2, 8, 6).mT},
