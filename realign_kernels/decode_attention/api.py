@@ -76,7 +76,7 @@ def _check_heads(query_RHD: Tensor, key_RKSD: Tensor, value_RKSD: Tensor) -> Non
 
 def _check_length(length_R: Tensor, query_RHD: Tensor, num_tokens: int) -> None:
     is_integer = length_R.dtype is torch.int64 or length_R.dtype is torch.int32
-    is_per_row = length_R.dim() == 1 and len(length_R) == len(query_RHD)
+    is_per_row = length_R.dim() == 1 and length_R.shape[0] == query_RHD.shape[0]
     if not is_integer or not is_per_row or length_R.device != query_RHD.device:
         raise ValueError(
             f"length_R is {length_R.dtype} {tuple(length_R.shape)} on {length_R.device}: "
