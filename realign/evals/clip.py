@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from realign.libraries import mend_torchvision
 from realign_kernels import clip_preprocess, clip_score
 
 
@@ -19,6 +20,7 @@ class ClipScorer:
     """
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
+        mend_torchvision()
         from transformers import CLIPModel, CLIPTokenizer
 
         if not (Path(folder) / "config.json").is_file():

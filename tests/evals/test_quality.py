@@ -13,6 +13,7 @@ from PIL import Image
 import realign
 from realign.evals.clip import ClipScorer
 from realign.evals.quality import BEST_PSNR, compare, psnr, without_caching
+from realign.libraries import mend_torchvision
 from realign.model.bagel import Bagel
 from realign.model.fp8 import Fp8Scales, recording_inputs, use_fp8
 from realign.reasoning.programs import PROGRAMS
@@ -96,6 +97,7 @@ def test_the_plain_way_computes_every_step():
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     """A CLIP with random weights, and a tokenizer of letters."""
+    mend_torchvision()
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
     folder = tmp_path_factory.mktemp("clip")

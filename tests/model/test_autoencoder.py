@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from realign.libraries import mend_torchvision
 from realign.model.autoencoder import Autoencoder
 from realign.model.bagel import Bagel
 from realign.model.config import AutoencoderConfig
@@ -89,6 +90,7 @@ def _diffusers_state(state: dict[str, torch.Tensor], num_levels: int) -> dict[st
 
 
 def test_same_function_as_diffusers() -> None:
+    mend_torchvision()
     import diffusers  # imported late: it takes seconds
 
     config = AutoencoderConfig(downsample=4, ch=8, ch_mult=(1, 2, 4), z_channels=4, norm_num_groups=4)
