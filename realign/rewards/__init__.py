@@ -1,0 +1,1 @@
+"""What a picture is worth: one class for each reward, and weighted sums of them."""
