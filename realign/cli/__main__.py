@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": "check this implementation against recorded outputs of the reference one",
     "eval": "measure a model on a benchmark",
     "calibrate": "scales for fp8, from a file of prompts",
+    "score": "score the pictures of a folder that generate made",
     "compare": "what a faster way to draw costs in quality",
 }
 

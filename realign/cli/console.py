@@ -71,11 +71,11 @@ class Progress(Protocol):
     def advance(self, count: int = 1) -> None: ...
 
 
-def build_progress(total: int, done: int) -> Progress:
+def build_progress(total: int, done: int, doing: str = "generating") -> Progress:
     """A bar on a terminal, else a plain line now and then; `done` of `total` pictures were there before."""
     if not current_process().is_first:
         return NoProgress()
-    return BarProgress(total, done) if sys.stderr.isatty() else LineProgress(total, done)
+    return BarProgress(total, done, doing) if sys.stderr.isatty() else LineProgress(total, done)
 
 
 class NoProgress:
@@ -94,20 +94,20 @@ class NoProgress:
 class BarProgress:
     """A bar with the count, pictures per second and the time left."""
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int, done: int, doing: str = "generating") -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as RichProgress
 
         columns = (
-            TextColumn("generating"),
+            TextColumn(doing),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
         )
         self._bar = RichProgress(*columns, console=Console(stderr=True))
-        self._task = self._bar.add_task("generating", total=total, completed=done, rate="")
+        self._task = self._bar.add_task(doing, total=total, completed=done, rate="")
         self._meter = RateMeter(total, done)
 
     def __enter__(self) -> BarProgress:

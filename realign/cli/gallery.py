@@ -8,6 +8,7 @@ from pathlib import Path
 from realign.cli.console import UsageError, print_error
 from realign.cli.files import Staging
 from realign.cli.folder import HIDDEN, load_records, load_run
+from realign.cli.scores import add_scores
 from realign.gallery.pages import build_pages
 
 
@@ -33,6 +34,6 @@ def write_gallery(folder: Path) -> Path:
     """Write the pages from `run.json` and the records; returns the first. Raises UsageError."""
     run = load_run(folder)
     staging = Staging(folder / HIDDEN / "tmp")
-    for name, html in build_pages(run, load_records(folder).values()):
+    for name, html in build_pages(run, add_scores(load_records(folder).values(), folder)):
         staging.write_text(folder / name, html)
     return folder / "index.html"
