@@ -92,7 +92,9 @@ class Publisher:
             old = [part for part in self.bases if part not in adapters]
             ended = [part for part in old if lora is not None or part in given]
             for part in ended:
-                self._rows(part).copy_(self.bases.pop(part))
+                base = self.bases.pop(part)
+                if part not in given:  # which may be the very weights that the adapter is merged into
+                    self._rows(part).copy_(base)
             for part, tensor in given.items():
                 self._rows(part).copy_(tensor)
             for merge in merges:

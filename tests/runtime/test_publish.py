@@ -194,6 +194,15 @@ def test_weights_under_an_adapter(engine: Engine) -> None:
     assert torch.equal(find_rows(engine, KEY), with_adapter), "adapters that are not spoken of stay"
 
 
+def test_the_models_own_weights_may_be_published(engine: Engine) -> None:
+    """What adapters were merged into then is the base."""
+    engine.publish(lora={QUERY: draw_lora(engine, QUERY)})
+    merged = copy_state(engine)
+    engine.publish(engine.model.state_dict())
+    engine.publish(lora={})
+    assert_holds(engine, merged)
+
+
 NAN = torch.full((32,), math.nan)
 
 
