@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 import tomllib
 from contextlib import AbstractContextManager, nullcontext
@@ -21,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from realign.data.packing import Packer
 from realign.model.bagel import Bagel
 from realign.model.mot import MoTLayer
 from realign.model.training import PackedBatch, packed_losses
+from train.ranks import Ranks
 from train.state import (
     append_row,
     drop_rows_after,
@@ -105,33 +103,6 @@ class Recipe:
         if recipe.precision not in DTYPES:
             raise ValueError(f"{path}: precision is {recipe.precision!r}; choose float32 or bfloat16")
         return recipe
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that train together, and the device it trains on."""
-
-    rank: int = 0
-    size: int = 1
-    device: str = "cpu"
-
-    @classmethod
-    def join(cls, device: str = "auto") -> Ranks:
-        """From torchrun's environment, or alone; "auto" is a GPU for each process where there are any."""
-        if device == "auto":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        if "RANK" not in os.environ:
-            return cls(device=device)
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), device)
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Adds up over the processes, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
 
 
 class Trainer:
@@ -294,8 +265,7 @@ def build_pool(model: Bagel, recipe: Recipe, out: Path, ranks: Ranks) -> LatentP
     """The scenes' latents; the first process encodes them, the others wait."""
     if ranks.rank == 0:
         LatentPool(out / "latents", model, recipe.mixture.num_scenes, recipe.seed)
-    if ranks.size > 1:
-        dist.barrier()
+    ranks.wait()
     return LatentPool(out / "latents", model, recipe.mixture.num_scenes, recipe.seed)
 
 

@@ -45,8 +45,11 @@ class ReasoningProgram:
     def __call__(self, request: Request) -> Generator[Operation, Any, Sample]:
         """The program, for `Engine`."""
         conditional, *others = yield Read(tuple(map(Reading, self.read_by_branch(request).values())))
-        turns: tuple[TextTurn, ...] = ()
-        if self.does_reason:
+        turns = request.turns if self.does_reason else ()
+        if turns:
+            text = TextPart(turns[0].text)
+            (conditional,) = yield Read((Reading((text,), conditional),))
+        elif self.does_reason:
             written = yield Write(conditional)
             turns, conditional = (written.turn,), written.context
         kinds = tuple(self.read_by_branch(request))

@@ -96,16 +96,6 @@ def _show(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One picture to make. Its noise depends on `seed` and `id` (and on nothing else)."""
-
-    id: str
-    prompt: Prompt
-    seed: int = 0
-    settings: Settings = field(default_factory=Settings)
-
-
 @dataclass(frozen=True)
 class TextTurn:
     """A text that the model wrote: token ids without bos and eos; `stopped` if it ended by itself (eos)."""
@@ -113,6 +103,20 @@ class TextTurn:
     ids: tuple[int, ...]
     text: str
     stopped: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One picture to make. Its noise depends on `seed` and `id` (and on nothing else).
+
+    `turns` are texts that are taken as if the model had written them, where its program lets it write.
+    """
+
+    id: str
+    prompt: Prompt
+    seed: int = 0
+    settings: Settings = field(default_factory=Settings)
+    turns: tuple[TextTurn, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,15 @@ def _stack_numbers(jobs: Sequence[DenoiseJob], device: torch.device) -> Tensor:
     return numbers.to(device)
 
 
+def stack_guidance(settings: Sequence[GuidanceSettings], text_J: Tensor, image_J: Tensor) -> Guidance:
+    """The guidance of samples as the ops take it; the scales are those of the step."""
+    codes = [RENORMS.index(own.renorm) for own in settings]
+    is_common = len(set(codes)) == 1
+    renorm = settings[0].renorm if is_common else torch.tensor(codes).int().to(text_J.device)
+    renorm_min_J = torch.tensor([own.renorm_min for own in settings], dtype=torch.float32)
+    return Guidance(text_J, image_J, renorm, renorm_min_J.to(text_J.device))
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What a step consists of: the branches of each job that run, whether any job's step is noisy, whether
@@ -238,12 +247,9 @@ class _Phase:
             attend = partial(ContextAttention, backend=backend)
             self.rows = BranchRows(model, jobs, plan.kinds, has_one_time, attend)
         self.cu_seqlens = torch.tensor([0, *accumulate(self.sizes)], dtype=torch.int32, device=device)
-        codes = [RENORMS.index(job.guidance.renorm) for job in jobs]
-        renorm = jobs[0].guidance.renorm if len(set(codes)) == 1 else torch.tensor(codes).int().to(device)
-        renorm_min_J = torch.tensor([job.guidance.renorm_min for job in jobs], dtype=torch.float32).to(device)
         self.numbers_FJ = torch.empty(NUM_NUMBERS, len(jobs), device=device)
         _, text_J, image_J, a_J, b_J, std_J, *logprob = self.numbers_FJ
-        self.guidance = Guidance(text_J, image_J, renorm, renorm_min_J)
+        self.guidance = stack_guidance([job.guidance for job in jobs], text_J, image_J)
         self.coefficients = StepCoefficients(a_J, b_J, std_J if plan.is_noisy else None)
         self.noise = self._name_noise(device) if plan.is_noisy else None
         self.logprob = LogProbCoefficients(*logprob) if plan.is_recorded else None

@@ -62,7 +62,8 @@ class ContextAttention:
         if len(self.own) == 1:
             return self.own[0][1].attend(layer, query_LHD, key_LKD, value_LKD)
         out_LHD = torch.empty_like(query_LHD)
-        lse_LH = query_LHD.new_empty(query_LHD.shape[:2], dtype=torch.float32)
+        wide = torch.promote_types(query_LHD.dtype, torch.float32)
+        lse_LH = query_LHD.new_empty(query_LHD.shape[:2], dtype=wide)
         for place, rows in self.own:
             out_LHD[place], lse_LH[place] = rows.attend(
                 layer, query_LHD[place], key_LKD[place], value_LKD[place]

@@ -1,0 +1,54 @@
+"""The processes that train together, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together, and the device it trains on."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+
+    @classmethod
+    def join(cls, device: str = "auto") -> Ranks:
+        """From torchrun's environment, or alone; "auto" is a GPU for each process where there are any."""
+        if device == "auto":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        if "RANK" not in os.environ:
+            return cls(device=device)
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Adds up over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes' tensors, in the order of the processes; their numbers may differ."""
+        if self.size == 1:
+            return tensor
+        parts: list[Tensor | None] = [None] * self.size
+        dist.all_gather_object(parts, tensor.cpu())
+        return torch.cat(parts).to(tensor.device)
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.size > 1:
+            dist.barrier()
