@@ -126,6 +126,8 @@ def find_device(name: str | torch.device) -> torch.device:
     """The device that a user named, "auto" for the best, if torch has it here. Raises: ValueError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(name).partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device {str(name)!r} cannot be used here: give cpu, cuda or cuda:N")
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -20,7 +20,7 @@ from realign.runtime.attention import find_backend
 from realign.runtime.operations import Program
 from realign.runtime.prepare import PreparedPicture, fit_picture
 from realign.runtime.publish import LoRA, Publisher
-from realign.runtime.reader import MetPicture, Reader
+from realign.runtime.reader import RUN_TOKENS, MetPicture, Reader
 from realign.runtime.request import ImagePart, Request, Sample, TextPart
 from realign.runtime.stream import Stream, StreamOptions
 
@@ -61,7 +61,7 @@ class Engine:
         memory_bytes: int | None = None,
         keep_steps: bool = False,
         attention: str = "auto",
-        run_tokens: int | None = None,
+        run_tokens: int = RUN_TOKENS,
         record: bool = False,
     ) -> None:
         self.record = record

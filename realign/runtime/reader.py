@@ -33,9 +33,8 @@ from realign.runtime.prepare import PreparedPicture
 from realign.runtime.request import ImagePart, Part, TextPart
 from realign.runtime.text import Written
 
-# The least tokens of a run, by the kind of device: fewer are cheaper to hold for each row than to attend to
-# apart.
-RUN_TOKENS = {"cpu": 512, "cuda": 256}
+# The least tokens of a run: fewer are as cheap to hold for each row as to attend to apart.
+RUN_TOKENS = 256
 
 # ("text", its ids), ("vae", digest of the picture) or ("vit", the same)
 BlockName = tuple[str, str | tuple[int, ...]]
@@ -67,7 +66,7 @@ class Reader:
         prepare: how pictures are fitted to the model.
         max_tokens: bound on the padded tokens of one forward; may be set anew between calls.
         backend: of attention.
-        run_tokens: the least tokens that are made a run, to be shared; by default `RUN_TOKENS`.
+        run_tokens: the least tokens that are made a run, to be shared.
     """
 
     def __init__(
@@ -76,10 +75,10 @@ class Reader:
         prepare: Callable[[Image.Image, BagelConfig], PreparedPicture],
         max_tokens: int,
         backend: Backend | None = None,
-        run_tokens: int | None = None,
+        run_tokens: int = RUN_TOKENS,
     ) -> None:
         self.model, self.fit, self.max_tokens, self.backend = model, prepare, max_tokens, backend
-        self.run_tokens = RUN_TOKENS[model.device.type] if run_tokens is None else run_tokens
+        self.run_tokens = run_tokens
         self.start = Context()
         self.digests: WeakKeyDictionary[ImagePart, str] = WeakKeyDictionary()
         self._forget()

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("poison_fresh_memory")
 ATTENTIONS = ("sdpa", "reference")  # rows padded, and rows packed
 
 
-def build_engine(model, attention: str = "auto", run_tokens: int | None = None) -> Engine:
+def build_engine(model, attention: str = "auto", run_tokens: int = 256) -> Engine:
     return Engine(model, PROGRAMS, prepare=crop_picture, attention=attention, run_tokens=run_tokens)
 
 
