@@ -111,13 +111,14 @@ class Reader:
 
     def _read_shared(self, ways: Sequence[Way]) -> dict[Way, Context]:
         """Where each way ends, what was read on it made a run."""
-        found = {way: self.shared.get(way) for way in ways}
+        # A way of no blocks ends where it began: kept, it would keep itself.
+        found = {way: self.shared.get(way) if way[1] else way[0] for way in ways}
         new = [way for way, context in found.items() if context is None]
         ends = self._read_ways(new)
-        counts = [len(ends[way].tail) if way[1] else 0 for way in new]
+        counts = [len(ends[way].tail) for way in new]
         joined = join_runs([ends[way] for way in new], counts, self.run_tokens)
         found.update(zip(new, joined, strict=True))
-        self.shared.update(found)
+        self.shared.update({way: context for way, context in found.items() if way[1]})
         return found
 
     def _read_ways(self, ways: Sequence[Way]) -> dict[Way, Context]:

@@ -145,7 +145,7 @@ class Stream:
         if self.engine.model.device.type == "cuda":
             torch.cuda.empty_cache()
         used = min(pack.bytes, max(room, pack.largest))
-        others = [session for session in self.sessions if session not in sessions and session.has_begun]
+        others = [session for session in self.sessions if session is not sessions[0] and session.has_begun]
         if used > pack.largest:
             self.budget.lower(stage.name, used)
         elif others:

@@ -1,0 +1,192 @@
+"""A stream of requests: every sample once, whatever goes on at a time; lazily, and memory is flat."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from realign.api import Generator
+from realign.reasoning.programs import PROGRAMS
+from realign.runtime import reader, stages
+from realign.runtime.engine import Engine
+from realign.runtime.prepare import crop_picture
+from realign.runtime.request import Prompt, Request
+from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
+from realign.runtime.stream import DEPTH, StreamOptions
+
+from .conftest import draw_picture
+
+SMALL = Settings(16, 16, num_timesteps=3)
+
+
+def check_equal(samples, others):
+    """The same requests, texts and pictures, and latents to the last bit."""
+    others = {other.request.id: other for other in others}
+    assert Counter(sample.request.id for sample in samples) == Counter(others.keys())
+    for sample in samples:
+        other = others[sample.request.id]
+        assert sample.reasoning == other.reasoning
+        assert sample.trajectory.text_turns == other.trajectory.text_turns
+        assert torch.equal(sample.trajectory.latent_LC, other.trajectory.latent_LC)
+        assert sample.image.tobytes() == other.image.tobytes()
+
+
+@pytest.fixture
+def many_requests(mixed_requests):
+    """Three of each kind, with prompts in common."""
+    return [replace(request, id=f"{request.id}, {n}", seed=n) for n in range(3) for request in mixed_requests]
+
+
+@pytest.fixture
+def alone(engine, many_requests):
+    return [sample for request in many_requests for sample in engine.run([request])]
+
+
+def test_streamed_or_run_or_one_by_one(engine, many_requests, alone, poison_fresh_memory):
+    check_equal(engine.run(many_requests), alone)
+    check_equal(list(engine.stream(many_requests)), alone)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_in_any_order_window_and_budget(model, many_requests, alone, seed, poison_fresh_memory):
+    rng = random.Random(seed)
+    shuffled = rng.sample(many_requests, len(many_requests))
+    memory = rng.choice([1, 400_000, 3_000_000, None])
+    window, size = rng.choice([1, 2, 5, 21]), rng.choice([None, 1, 2, 4])
+    options = StreamOptions(window, size, rng.choice([1, 50_000, 1e9]))
+    engine = Engine(model, PROGRAMS, prepare=crop_picture, memory_bytes=memory)
+    check_equal(list(engine.stream(iter(shuffled), options)), alone)
+
+
+def test_samples_come_before_the_last_request_is_taken(engine):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(Request(str(len(taken)), Prompt.build("a mug"), settings=SMALL))
+            yield taken[-1]
+
+    stream = engine.stream(endless(), StreamOptions(window=4))
+    found = {next(stream).request.id for _ in range(12)}
+    assert found == {str(number) for number in range(12)}
+    assert len(taken) <= 12 + 4 + DEPTH["cpu"] + 1
+    before = threading.active_count()
+    stream.close()
+    assert threading.active_count() == before - 1
+
+
+def test_a_stream_that_was_never_read_takes_nothing(engine):
+    taken = []
+    stream = engine.stream(map(taken.append, [1, 2, 3]))
+    stream.close()
+    assert taken == []
+
+
+def test_errors_come_where_the_request_is_met(engine):
+    def fail_at_third():
+        for number in range(2):
+            yield Request(str(number), Prompt.build("a mug"), settings=SMALL)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(engine.stream(fail_at_third()))
+    bad = Request("bad", Prompt.build("a mug"), settings=replace(SMALL, height=20))
+    good = replace(bad, id="good", settings=SMALL)
+    stream = engine.stream([good, bad], StreamOptions(window=1))
+    assert next(stream).request.id == "good"
+    with pytest.raises(ValueError, match="request 'bad': height 20"):
+        next(stream)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("realign")]
+
+
+def spy(monkeypatch, owner, name, note):
+    """Lets `note` see what a function is called with."""
+    function = getattr(owner, name)
+
+    def call(*args):
+        note(*args)
+        return function(*args)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def test_what_prompts_share_is_read_once_in_a_window(engine, monkeypatch):
+    read = []
+    spy(monkeypatch, reader, "extend", lambda model, contexts, blocks, *rest: read.extend(blocks))
+    settings = replace(SMALL, guidance=GuidanceSettings(1.0))
+    pictures = [draw_picture(number, 16, 16) for number in range(2)]
+    requests = [
+        Request(str(number), Prompt.build([pictures[number % 2], f"a mug, {number % 4}"]), settings=settings)
+        for number in range(16)
+    ]
+    assert len(list(engine.stream(requests, StreamOptions(batch_size=2)))) == 16
+    assert len(read) == 2 * 2 + 4  # two blocks a picture, four texts
+
+
+def test_packs_are_even_and_full(engine, monkeypatch):
+    packs = []
+    spy(monkeypatch, stages, "denoise", lambda model, jobs, *rest: packs.append(jobs))
+    settings = [replace(SMALL, num_timesteps=3 + number % 2) for number in range(24)]
+    requests = [Request(str(n), Prompt.build("mug"), settings=own) for n, own in enumerate(settings)]
+    assert len(list(engine.stream(requests, StreamOptions(window=16, batch_size=4)))) == 24
+    assert [len(pack) for pack in packs] == [4] * 6
+    assert sum(len({job.schedule.num_steps for job in pack}) == 1 for pack in packs) >= 5
+
+
+def test_generator_streams_what_it_generates(model):
+    generator = Generator(model)
+    options = {"height": 16, "width": 16, "steps": 3, "num_images": 2}
+    prompts = ["a mug", "a lamp", "a cup"]
+    streamed = generator.stream((prompt for prompt in prompts), **options)
+    check_equal(list(streamed), generator.generate(prompts, **options))
+    with pytest.raises(ValueError, match="seed is -1"):
+        generator.stream(prompts, seed=-1)
+    with pytest.raises(ValueError, match="prompt 1: a text of the prompt is empty"):
+        list(generator.stream(["a mug", " "], **options))
+
+
+def count_live_bytes():
+    gc.collect()
+    tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_memory_is_flat_over_a_long_run(model):
+    """Every request has a picture and a prompt of its own: whatever stays of one would add up."""
+
+    def requests():
+        text = TextSettings(4, temperature=1.0)
+        for n in range(200):
+            mode = ("none", "ic-cot", "think")[n % 3]
+            settings = Settings(16, 16 + 8 * (n % 2), mode, 2, text=text)
+            yield Request(str(n), Prompt.build([draw_picture(n, 24, 24), f"mug number {n}"]), n, settings)
+
+    engine = Engine(model, PROGRAMS, prepare=crop_picture)
+    before, counts = count_live_bytes(), []
+    for number, _ in enumerate(engine.stream(requests(), StreamOptions(window=20))):
+        if number % 20 == 19:
+            counts.append(count_live_bytes() - before)
+    one = counts[1] / 40
+    assert max(counts[5:]) < max(counts[:5]) + 5 * one
+    assert count_live_bytes() - before < 5 * one
+
+
+def test_pictures_of_a_window_are_bounded(engine):
+    """A window takes no more requests than its bound on their pictures' bytes, but always one."""
+    taken = []
+
+    def requests():
+        for n in range(6):
+            taken.append(n)
+            prompt = Prompt.build([Image.new("RGB", (64, 64), (n, 0, 0)), "a mug"])
+            yield Request(str(n), prompt, settings=SMALL)
+
+    order = [int(s.request.id) for s in engine.stream(requests(), StreamOptions(picture_bytes=1))]
+    assert order == [0, 1, 2, 3, 4, 5]
