@@ -18,9 +18,9 @@ from realign.model.bagel import Bagel
 from realign.model.mot import Route
 from realign.runtime.attention import Backend, find_backend
 from realign.runtime.attention.backends import OutAndLse
-from realign.runtime.attention.plan import Place, SharedRun, group_by_run
+from realign.runtime.attention.plan import Place, SharedRun, add_runs, group_by_run
 from realign.runtime.kv import Context, Segment, copy_tail
-from realign_kernels import decode_attention, merge_attention
+from realign_kernels import decode_attention
 
 MIN_ROOM = 64
 
@@ -149,7 +149,7 @@ class TextDecoder:
 
     def _find_place(self, rows: Sequence[int]) -> Place:
         if len(rows) == len(self.contexts):
-            return slice(None)
+            return None
         return torch.tensor(rows, device=self.model.device)
 
     def _attend(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor) -> Tensor:
@@ -157,21 +157,20 @@ class TextDecoder:
         key_RSKD.flatten(0, 1).index_copy_(0, self.place_R, key_RKD.to(key_RSKD.dtype))
         value_RSKD.flatten(0, 1).index_copy_(0, self.place_R, value_RKD.to(key_RSKD.dtype))
         query_RHD = query_RHD.to(key_RSKD.dtype)
-        out_RHD, lse_RH = decode_attention(
-            query_RHD, key_RSKD.transpose(1, 2), value_RSKD.transpose(1, 2), self.length_R
-        )
-        for place, run in self.shared:
-            of_run = run.attend(layer, query_RHD[place])
-            out_RHD[place], lse_RH[place] = merge_attention(out_RHD[place], lse_RH[place], *of_run)
-        return out_RHD
+        slots = (key_RSKD.transpose(1, 2), value_RSKD.transpose(1, 2))
+        own = decode_attention(query_RHD, *slots, self.length_R)
+        return add_runs(own, self.shared, layer, query_RHD)
 
 
 class RunSlots(SharedRun):
     """Rows with one query each that attend to one run: it is the slot of every row."""
 
+    def __init__(self, backend: Backend, run: Segment, lengths: Sequence[int]) -> None:
+        super().__init__(backend, run, lengths)
+        self.length_R = torch.full((len(lengths),), run.length, device=run.key_NLKD.device)
+
     def attend(self, layer: int, query_RHD: Tensor) -> OutAndLse:
         """The rows' new tokens to the run."""
         slots = (self.run.key_NLKD[layer], self.run.value_NLKD[layer])
         key_RKSD, value_RKSD = (t.transpose(0, 1).expand(len(query_RHD), -1, -1, -1) for t in slots)
-        length_R = torch.full((len(query_RHD),), self.run.length, device=query_RHD.device)
-        return decode_attention(query_RHD, key_RKSD, value_RKSD, length_R)
+        return decode_attention(query_RHD, key_RKSD, value_RKSD, self.length_R)

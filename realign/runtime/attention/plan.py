@@ -20,7 +20,7 @@ from realign.runtime.attention.spans import Spans
 from realign.runtime.kv import Context, Segment
 from realign_kernels import merge_attention
 
-Place = slice | Tensor  # of some rows' tokens among all packed ones
+Place = slice | Tensor | None  # of some rows' tokens among all packed ones; None: they are all
 
 
 class ContextAttention:
@@ -51,12 +51,8 @@ class ContextAttention:
         ]
 
     def __call__(self, layer: int, query_LHD: Tensor, key_LKD: Tensor, value_LKD: Tensor) -> Tensor:
-        out_LHD, lse_LH = self._attend_own(layer, query_LHD, key_LKD, value_LKD)
-        for place, run in self.shared:
-            of_run = run.attend(layer, query_LHD[place])
-            merged = merge_attention(out_LHD[place], lse_LH[place], *of_run)
-            out_LHD[place], lse_LH[place] = merged
-        return out_LHD
+        own = self._attend_own(layer, query_LHD, key_LKD, value_LKD)
+        return add_runs(own, self.shared, layer, query_LHD)
 
     def _attend_own(self, layer: int, query_LHD: Tensor, key_LKD: Tensor, value_LKD: Tensor) -> OutAndLse:
         if len(self.own) == 1:
@@ -82,6 +78,20 @@ class SharedRun:
         """The rows' new tokens to the run."""
         key_SKD, value_SKD = self.run.key_NLKD[layer], self.run.value_NLKD[layer]
         return self.backend.attend(query_LHD.to(key_SKD.dtype), key_SKD, value_SKD, self.spans)
+
+
+def add_runs(
+    own: OutAndLse, shared: Sequence[tuple[Place, SharedRun]], layer: int, query_LHD: Tensor
+) -> Tensor:
+    """Attention to each row's own keys, with that to the runs that it shares: [L, H, D]."""
+    out_LHD, lse_LH = own
+    for place, run in shared:
+        if place is None:
+            out_LHD, lse_LH = merge_attention(out_LHD, lse_LH, *run.attend(layer, query_LHD))
+        else:
+            of_run = run.attend(layer, query_LHD[place])
+            out_LHD[place], lse_LH[place] = merge_attention(out_LHD[place], lse_LH[place], *of_run)
+    return out_LHD
 
 
 def order_rows(contexts: Sequence[Context], lengths: Sequence[int]) -> list[int]:
@@ -119,6 +129,8 @@ def _group_own(
 
 def _find_place(rows: Sequence[int], starts: Sequence[int], device: torch.device) -> Place:
     """Where the tokens of rows lie; a slice if they lie together."""
+    if len(rows) == len(starts) - 1:
+        return None
     if rows[-1] - rows[0] == len(rows) - 1:
         return slice(starts[rows[0]], starts[rows[-1] + 1])
     return torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows]).to(device)
