@@ -76,8 +76,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Runs the measurement; `report` gets a line as each sort is done.
 
-    Returns: by sort of picture `{"attributes": R, KIND: R, ..}` with R `{"right": share, "se": s, "n": n}`;
-        "attributes" is over the five attributes together.
+    Returns: by sort of picture `{"attributes": R, KIND: R, ..}` with R `{"right": share, "se": s, "n": n}`
+        (None, None, 0 where there is nothing to rank); "attributes" is over the five attributes together.
     """
     trials = draw_trials(options)
     result = {}
@@ -86,8 +86,7 @@ def evaluate(
         pictures = make_pictures(sort, scenes, generator, options)
         chosen = [t for t in trials if t.scene.key in pictures and t.variant.key in pictures]
         result[sort] = summarise(chosen, rank(encoder, chosen, pictures))
-        row = result[sort]["attributes"]
-        report(f"{sort}: {row['right']:.3f} of {row['n']} attributes are ranked right")
+        report(f"{sort}: {result[sort]['attributes']['n']} pairs with one attribute wrong are ranked")
     return result
 
 
@@ -158,10 +157,12 @@ def summarise(trials: Sequence[Trial], right: Sequence[bool]) -> dict[str, Any]:
     return rows | {kind: _share([r for t, r in found if t.kind == kind]) for kind in KINDS}
 
 
-def _share(right: Sequence[bool]) -> dict[str, float]:
+def _share(right: Sequence[bool]) -> dict[str, float | None]:
     count = len(right)
-    share = sum(right) / count if count else math.nan
-    return {"right": share, "se": math.sqrt(share * (1 - share) / count) if count else math.nan, "n": count}
+    if not count:
+        return {"right": None, "se": None, "n": 0}
+    share = sum(right) / count
+    return {"right": share, "se": math.sqrt(share * (1 - share) / count), "n": count}
 
 
 def format_table(result: dict[str, Any]) -> str:
@@ -170,6 +171,6 @@ def format_table(result: dict[str, Any]) -> str:
     lines = [f"{'wrong in':<12}" + "".join(f"{sort:>22}" for sort in sorts)]
     for kind in ("attributes", *KINDS):
         rows = [result[sort][kind] for sort in sorts]
-        cells = (f"{row['right']:.3f} of {row['n']}" for row in rows)
+        cells = (f"{row['right']:.3f} of {row['n']}" if row["n"] else "-" for row in rows)
         lines.append(f"{kind:<12}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)

@@ -29,7 +29,8 @@ def build_pages(
 
     Args:
         run: the content of `run.json`.
-        records: the content of `records.jsonl`, one mapping for each picture, those of a prompt together.
+        records: the content of `records.jsonl`, one mapping for each picture, those of a prompt together;
+            each may have `scores`, numbers by name.
         page_size: a page ends with the prompt that reaches this many pictures.
     """
     pages = _paginate(

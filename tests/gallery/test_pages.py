@@ -148,3 +148,11 @@ def test_small_pictures_are_shown_enlarged() -> None:
 def test_the_parts_of_the_page_are_in_the_package() -> None:
     folder = Path(__file__).parents[2] / "realign" / "gallery"
     assert {path.name for path in folder.iterdir()} >= {"page.html", "style.css", "pages.py"}
+
+
+def test_scores_are_shown_and_escaped() -> None:
+    html = render(make_record("a", scores={"clip:mini": 0.12345, HOSTILE: -1.0}), make_record("b"))
+    assert "clip:mini <b>0.123</b>" in html
+    assert "<b>-1.000</b>" in html
+    assert "<script" not in html
+    assert html.count('class="facts"') == 4, "one line of each picture, and one of each score"
