@@ -60,8 +60,8 @@ class Costs:
         return cls(
             kv_token=2 * llm.num_hidden_layers * key * size,
             forward_token=MARGIN * (3 * llm.hidden_size + max(mlp, attention)) * size,
-            # float64 weights, sorted, with their order and sums
-            scores_row=llm.vocab_size * (size + 4 + 6 * 8),
+            # float64 weights, before and after sorting, with their order, sums and masks
+            scores_row=llm.vocab_size * (size + 4 + MARGIN * 6 * 8),
             pixel=MARGIN * 3 * widest * size + flux.out_ch * (size + 4),
         )
 
