@@ -1,4 +1,4 @@
-"""The most memory that was held since a moment."""
+"""Memory that is held, and the most that was since a moment."""
 
 from __future__ import annotations
 
@@ -25,7 +25,16 @@ def read_peak_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if STATUS.exists():
-        lines = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(lines[0].split()[1]) / 1024
+        return _read_status_mb("VmHWM")
     unit = 2**20 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def read_held_mb() -> float:
+    """MB that the process holds now. Raises: OSError where the system does not say."""
+    return _read_status_mb("VmRSS")
+
+
+def _read_status_mb(name: str) -> float:
+    lines = [line for line in STATUS.read_text().splitlines() if line.startswith(name)]
+    return int(lines[0].split()[1]) / 1024
