@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,9 +34,11 @@ def plain_norm_fp8(hidden: Tensor, residual: Tensor, und: Tensor, gen: Tensor) -
     return normed, plain_quantize(baselines.plain_rms_norm(total[MARKERS:], gen, EPS)), total
 
 
-def _compare(plain: Callable, ours: Callable, inputs: list[Tensor], device: torch.device) -> dict:
+def _compare(
+    plain: Callable, ours: Callable, inputs: list[Tensor], device: torch.device, paths: Sequence[str]
+) -> dict:
     runs = {PLAIN: lambda: plain(*inputs)}
-    for impl in list_impls(["triton"], device):
+    for impl in list_impls(paths, device):
         runs[impl] = lambda impl=impl: ours(*inputs, impl)
     return runs
 
@@ -44,14 +46,15 @@ def _compare(plain: Callable, ours: Callable, inputs: list[Tensor], device: torc
 def build_quantize(shape: Shape, device: torch.device) -> Case:
     """Attention's result."""
     x = randn(shape, device, "L", "E")
-    runs = _compare(plain_quantize, lambda x, impl: quantize_fp8(x, SCALE, impl), [x], device)
+    runs = _compare(plain_quantize, lambda x, impl: quantize_fp8(x, SCALE, impl), [x], device, ["triton"])
     return Case(runs, count_bytes(x) + x.numel(), RELATIVE_ERROR)
 
 
 def build_swiglu(shape: Shape, device: torch.device) -> Case:
     """The gated activation."""
     gate_up_LE = torch.cat([randn(shape, device, "L", "E", seed=seed) for seed in range(2)], dim=1)
-    runs = _compare(plain_swiglu_fp8, lambda x, impl: swiglu_fp8(x, SCALE, impl), [gate_up_LE], device)
+    paths = ["cpp", "triton"]
+    runs = _compare(plain_swiglu_fp8, lambda x, impl: swiglu_fp8(x, SCALE, impl), [gate_up_LE], device, paths)
     return Case(runs, count_bytes(gate_up_LE) + gate_up_LE.numel() // 2, RELATIVE_ERROR)
 
 
@@ -64,7 +67,8 @@ def build_norm(shape: Shape, device: torch.device) -> Case:
         return mot_norm_fp8(hidden, [und, gen], MARKERS, SCALE, EPS, residual, impl)
 
     num_bytes = 3 * count_bytes(rows[0]) + rows[0].numel() + count_bytes(*weights)
-    return Case(_compare(plain_norm_fp8, ours, [*rows, *weights], device), num_bytes, RELATIVE_ERROR)
+    runs = _compare(plain_norm_fp8, ours, [*rows, *weights], device, ["cpp", "triton"])
+    return Case(runs, num_bytes, RELATIVE_ERROR)
 
 
 OPS = {

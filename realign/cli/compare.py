@@ -17,7 +17,7 @@ from realign.data.images import load_picture
 from realign.data.readers import PromptError, PromptFile
 
 if TYPE_CHECKING:
-    from realign.evals.clip import ClipScorer
+    from realign.evals.quality import Score
     from realign.runtime.request import Request
 
 
@@ -37,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     group.add_argument("--min-psnr", type=float, metavar="DB", help="the least mean PSNR over the pictures")
     group.add_argument("--min-worst-psnr", type=float, metavar="DB", help="the least PSNR of any picture")
     group.add_argument(
-        "--clip", metavar="DIR", help="a CLIP in transformers' layout: score both with the prompts"
+        "--clip", metavar="MODEL", help="score both with the prompts, by a CLIP as realign score names it"
     )
     add_run_arguments(parser)
 
@@ -113,15 +113,20 @@ def build_requests(prompts: PromptFile, options: RunOptions) -> list[Request]:
     return [build_request(task, seed, settings, load) for task, seed in zip(tasks, seeds, strict=True)]
 
 
-def load_scorer(folder: str | None, device: str) -> ClipScorer | None:
-    if folder is None:
+def load_scorer(spec: str | None, device: str) -> Score | None:
+    """The cosine of a picture with its prompt's texts, by the CLIP that `spec` names."""
+    if spec is None:
         return None
-    from realign.evals.clip import ClipScorer
+    from realign.rewards.clip import ClipEncoder
+    from realign_kernels import clip_score
 
     try:
-        return ClipScorer(folder, device)
+        encoder = ClipEncoder(spec, device)
     except ValueError as error:
-        raise UsageError(f"--clip {folder}: {error}") from error
+        raise UsageError(f"--clip {spec}: {error}") from error
+    return lambda images, texts: clip_score(
+        encoder.encode_pictures(images), encoder.encode_texts(texts)
+    ).tolist()
 
 
 def list_missed(result: dict[str, Any], args: argparse.Namespace) -> list[str]:

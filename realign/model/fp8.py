@@ -173,6 +173,7 @@ def use_fp8(model: Bagel, scales: Fp8Scales) -> None:
         layer.fp8 = Fp8Expert(layer.gen, own)
         for name, linear in layer.fp8.linears.items():
             linears[f"decoder.layers.{index}.gen.{name}.weight"] = linear
+    model.announce_weights(linears.keys())  # what was read before is of other numbers
     model.on_weights_changed.append(build_listener(linears))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from realign_kernels.checks import check_like, check_no_gradient, check_packed
 from realign_kernels.dispatch import choose_impl
 from realign_kernels.mot_norm.api import check_weights
+from realign_kernels.mot_norm_fp8.cpp import mot_norm_fp8_cpp
 from realign_kernels.mot_norm_fp8.reference import mot_norm_fp8_reference
 from realign_kernels.quantize_fp8.api import check_scale
 
@@ -34,7 +35,8 @@ def mot_norm_fp8(
         scale: a positive number: what the quantised result is to be multiplied by.
         eps: added to the mean square.
         residual_LE: [L, E] in the dtype of `hidden_LE`: added first.
-        impl: `"auto"` (table in `dispatch.py`), `"reference"` or `"triton"`.
+        impl: `"auto"` (table in `dispatch.py`), `"reference"`, `"cpp"` (plain torch quantises) or `"triton"`.
+            Understanding's tokens have the bits that they have in `mot_norm` on the same path.
 
     Returns: normed [U, E], quantised float8_e4m3fn [L - U, E], and the sum [L, E] (`hidden_LE` itself
         without a residual). No gradient.
@@ -52,8 +54,11 @@ def mot_norm_fp8(
         check_like("residual_LE", residual_LE, "hidden_LE", hidden_LE)
     tensors = (hidden_LE, *weights) if residual_LE is None else (hidden_LE, residual_LE, *weights)
     check_no_gradient("mot_norm_fp8", *tensors)
-    if choose_impl("mot_norm_fp8", impl, tensors, {"triton": False}) == "reference":
+    path = choose_impl("mot_norm_fp8", impl, tensors, {"cpp": False, "triton": False})
+    if path == "reference":
         return mot_norm_fp8_reference(hidden_LE, weights, num_und, scale, eps, residual_LE)
+    if path == "cpp":
+        return mot_norm_fp8_cpp(hidden_LE, weights, num_und, scale, eps, residual_LE)
     from realign_kernels.mot_norm_fp8.triton import mot_norm_fp8_triton
 
     normed_UE, quantized_GE, total_LE = mot_norm_fp8_triton(

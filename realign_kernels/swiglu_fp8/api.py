@@ -7,6 +7,8 @@ from torch import Tensor
 from realign_kernels.checks import check_no_gradient, check_packed
 from realign_kernels.dispatch import choose_impl
 from realign_kernels.quantize_fp8.api import check_scale
+from realign_kernels.quantize_fp8.reference import quantize_fp8_reference
+from realign_kernels.swiglu.cpp import swiglu_cpp
 from realign_kernels.swiglu_fp8.reference import swiglu_fp8_reference
 
 
@@ -19,7 +21,7 @@ def swiglu_fp8(gate_up_LE: Tensor, scale: float, impl: str = "auto") -> Tensor:
     Args:
         gate_up_LE: [L, 2 E], gate in the first half, any float dtype; rows may have any stride.
         scale: a positive number: what the result is to be multiplied by.
-        impl: `"auto"` (table in `dispatch.py`), `"reference"` or `"triton"`.
+        impl: `"auto"` (table in `dispatch.py`), `"reference"`, `"cpp"` (plain torch quantises) or `"triton"`.
 
     Returns: float8_e4m3fn [L, E]. No gradient.
     Raises: ValueError naming the argument and its value.
@@ -30,8 +32,11 @@ def swiglu_fp8(gate_up_LE: Tensor, scale: float, impl: str = "auto") -> Tensor:
         raise ValueError(f"gate_up_LE is {gate_up_LE.shape[1]} wide: must be even, gate and up")
     check_scale(scale)
     check_no_gradient("swiglu_fp8", gate_up_LE)
-    if choose_impl("swiglu_fp8", impl, (gate_up_LE,), {"triton": False}) == "reference":
+    path = choose_impl("swiglu_fp8", impl, (gate_up_LE,), {"cpp": False, "triton": False})
+    if path == "reference":
         return swiglu_fp8_reference(gate_up_LE, scale)
+    if path == "cpp":
+        return quantize_fp8_reference(swiglu_cpp(gate_up_LE, None), scale)
     from realign_kernels.swiglu_fp8.triton import swiglu_fp8_triton
 
     return swiglu_fp8_triton(gate_up_LE, scale)

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from tests.cli.support import Outcome, Workplace
 
@@ -32,6 +33,31 @@ def test_what_was_measured_is_printed_and_written(place: Workplace) -> None:
     assert [error < 1e-5 for error in errors] == [True, True, False, False, True, False, False]
 
 
+class FakeEncoder:
+    """A CLIP whose pictures and texts all point the same way, but for the first of each."""
+
+    def __init__(self, spec: str, device: str) -> None:
+        assert (spec, device) == ("some", "cpu")
+
+    def encode_pictures(self, pictures: list) -> torch.Tensor:
+        return torch.tensor([[1.0, 0.0]] + [[1.0, 1.0]] * (len(pictures) - 1))
+
+    def encode_texts(self, texts: list[str]) -> torch.Tensor:
+        assert texts == ["a star", "two rings"]
+        return torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+
+
+def test_clip_scores_both(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("realign.rewards.clip.ClipEncoder", FakeEncoder)
+    outcome = compare(place, *FAST, "--clip", "some")
+    assert "CLIP cosine      0.5000 plain, 0.5000 fast" in outcome.out
+    found = json.loads((place.folder / "found.json").read_text())
+    assert [one["scores"] for one in found["by_picture"]] == [
+        [0.0, 0.0],
+        [pytest.approx(1), pytest.approx(1)],
+    ]
+
+
 @pytest.mark.parametrize("option", ["--min-psnr", "--min-worst-psnr"])
 def test_the_gate(place: Workplace, option: str) -> None:
     outcome = compare(place, *FAST, option, 99)
@@ -45,7 +71,7 @@ def test_the_gate(place: Workplace, option: str) -> None:
     [
         ((), "nothing is drawn faster: give --fp8, --cache-interval or --reuse-guidance-below"),
         ((*FAST, "--min-psnr", "nan"), "--min-psnr nan: give a number of decibels"),
-        ((*FAST, "--clip", "nowhere"), r"--clip nowhere: nowhere has no config\.json"),
+        ((*FAST, "--clip", "nowhere"), "--clip nowhere: clip 'nowhere': must be 'mini', a folder"),
         (
             (*FAST, "--out", "no/such/file.json"),
             "--out no/such/file.json: give the name of a file in a folder",

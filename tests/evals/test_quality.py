@@ -11,9 +11,7 @@ import torch
 from PIL import Image
 
 import realign
-from realign.evals.clip import ClipScorer
 from realign.evals.quality import BEST_PSNR, compare, psnr, without_caching
-from realign.libraries import mend_torchvision
 from realign.model.bagel import Bagel
 from realign.model.fp8 import Fp8Scales, recording_inputs, use_fp8
 from realign.reasoning.programs import PROGRAMS
@@ -92,57 +90,6 @@ def test_a_scorer_sees_both_ways_with_the_prompt(engine):
 def test_the_plain_way_computes_every_step():
     request = without_caching(build_requests(CACHED)[0])
     assert request.settings == replace(CACHED, caching=CachingSettings())
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    """A CLIP with random weights, and a tokenizer of letters."""
-    mend_torchvision()
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("clip")
-    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    text = {
-        **tower,
-        "vocab_size": len(words),
-        "max_position_embeddings": 12,
-        "bos_token_id": 52,
-        "eos_token_id": 53,
-    }
-    torch.manual_seed(0)
-    vision = {**tower, "image_size": 28, "patch_size": 7}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[]).save_pretrained(folder)
-    return folder
-
-
-def test_clip_scores_are_the_models_own(clip_folder):
-    from transformers import CLIPModel, CLIPTokenizer
-
-    rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 255, (28, 28, 3), dtype=np.uint8)) for _ in range(3)]
-    texts = ["a lamp", "mug", "a lamp that is longer than the positions of this tower"]
-    found = ClipScorer(clip_folder)(images, texts)
-    model, tokenizer = CLIPModel.from_pretrained(clip_folder), CLIPTokenizer.from_pretrained(clip_folder)
-    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in images])
-    mean, std = (torch.tensor(values)[:, None, None] for values in (
-        (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))  # fmt: skip
-    tokens = tokenizer(texts, padding=True, truncation=True, max_length=12, return_tensors="pt")
-    with torch.no_grad():
-        output = model(pixel_values=(pixels - mean) / std, **tokens)
-    expected = (output.image_embeds * output.text_embeds).sum(-1)
-    assert found == pytest.approx(expected.tolist(), abs=1e-5)
-    assert max(found) - min(found) > 1e-3
-
-
-def test_a_folder_that_is_no_clip(tmp_path):
-    with pytest.raises(ValueError, match=r"has no config\.json: give a folder with a CLIP"):
-        ClipScorer(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no CLIP that can be read"):
-        ClipScorer(tmp_path)
 
 
 @pytest.fixture(scope="module")

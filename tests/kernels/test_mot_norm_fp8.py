@@ -8,7 +8,8 @@ from torch import Tensor
 
 from realign_kernels import mot_norm, mot_norm_fp8, quantize_fp8
 from tests.kernels.devices import device_of
-from tests.kernels.fp8_cases import DTYPES, IMPLS, assert_same_bits, assert_within_one_rounding
+from tests.kernels.flow_cases import IMPLS
+from tests.kernels.fp8_cases import DTYPES, assert_same_bits, assert_within_one_rounding
 
 SCALE, EPS = 2.0**-7, 1e-6
 
@@ -38,7 +39,7 @@ def test_values(length, num_und, width, with_residual, dtype, impl):
     expected_normed, expected_total = expected if with_residual else (expected, hidden)
     assert torch.equal(total, expected_total)
     assert torch.equal(normed, expected_normed[:num_und])
-    assert_same_bits(quantized, quantize_fp8(expected_normed[num_und:], SCALE, impl=impl))
+    assert_same_bits(quantized, quantize_fp8(expected_normed[num_und:], SCALE))
     exact = total[num_und:].cpu().double()
     exact = exact * (exact.square().mean(-1, keepdim=True) + EPS).rsqrt() * weights[1].cpu().double()
     assert_within_one_rounding(quantized, exact, SCALE, dtype)
@@ -88,7 +89,7 @@ def test_opcheck():
         ({"num_und": -1}, "num_und is -1"),
         ({"scale": 0.0}, "scale is 0.0: must be a positive number"),
         ({"residual_LE": torch.zeros(3, 4).half()}, "residual_LE has dtype torch.float16"),
-        ({"impl": "cpp"}, "impl is 'cpp': must be one of auto, reference, triton"),
+        ({"impl": "cuda"}, "impl is 'cuda': must be one of auto, reference, cpp, triton"),
     ],
 )
 def test_what_it_refuses(change, message):

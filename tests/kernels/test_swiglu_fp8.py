@@ -7,7 +7,8 @@ import torch
 
 from realign_kernels import quantize_fp8, swiglu, swiglu_fp8
 from tests.kernels.devices import device_of
-from tests.kernels.fp8_cases import DTYPES, IMPLS, assert_same_bits, assert_within_one_rounding
+from tests.kernels.flow_cases import IMPLS
+from tests.kernels.fp8_cases import DTYPES, assert_same_bits, assert_within_one_rounding
 
 # NumPy, in Triton's interpreter, warns of infinities.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow|invalid value:RuntimeWarning")
@@ -27,7 +28,7 @@ def test_values(length, width, dtype, impl):
     assert found.shape == (length, width)
     assert_within_one_rounding(found, gate / (1 + (-gate).exp()) * up, 2.0**-6, dtype)
     device = device_of(impl)
-    assert_same_bits(found, quantize_fp8(swiglu(gate_up_LE.to(device), impl=impl), 2.0**-6, impl=impl))
+    assert_same_bits(found, quantize_fp8(swiglu(gate_up_LE.to(device), impl=impl), 2.0**-6))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -64,7 +65,7 @@ def test_opcheck():
         ((torch.zeros(4), 1.0), r"gate_up_LE has shape \(4,\)"),
         ((torch.zeros(2, 3), 1.0), "gate_up_LE is 3 wide: must be even"),
         ((torch.zeros(2, 4), -1.0), "scale is -1.0: must be a positive number"),
-        ((torch.zeros(2, 4), 1.0, "cpp"), "impl is 'cpp': must be one of auto, reference, triton"),
+        ((torch.zeros(2, 4), 1.0, "cuda"), "impl is 'cuda': must be one of auto, reference, cpp, triton"),
     ],
 )
 def test_what_it_refuses(arguments, message):

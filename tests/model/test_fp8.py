@@ -121,7 +121,9 @@ def test_generation_is_near_and_understanding_alone_untouched(model: Bagel) -> N
     hidden_LE, is_gen = draw_tokens(model)
     none = torch.zeros_like(is_gen)
     plain, plain_und, plain_gen = (run(model, hidden_LE, own) for own in (is_gen, none, ~none))
+    version = model.weights_version
     use_fp8(model, calibrate(model))
+    assert model.weights_version == version + 1  # contexts that were read before are dropped
     found = run(model, hidden_LE, is_gen)
     assert not torch.equal(found, plain)
     assert float((found - plain).norm() / plain.norm()) < 0.1

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from realign.model.bagel import Bagel
+from realign.model.fp8 import Fp8Scales, recording_inputs, use_fp8
 from realign.reasoning.programs import PROGRAMS
 from realign.runtime.engine import Engine
 from realign.runtime.prepare import crop_picture
+
+from .conftest import CHECKPOINT
 
 pytestmark = pytest.mark.usefixtures("poison_fresh_memory")
 
@@ -55,6 +59,20 @@ def test_in_parts_that_fit_the_memory_bound(model, mixed_requests, alone, memory
 def test_text_was_really_sampled(alone):
     texts = {sample.reasoning.text for sample in alone if sample.reasoning}
     assert len(texts) == 4
+
+
+def test_with_float8_products(mixed_requests):
+    """As without them: quantised by static scales, a token's numbers are its own."""
+    model = Bagel.from_pretrained(CHECKPOINT)
+    engine = Engine(model, PROGRAMS, prepare=crop_picture)
+    with recording_inputs(model) as find_scales:
+        plain = engine.run(mixed_requests)
+        scales = Fp8Scales("", find_scales())
+    use_fp8(model, scales)
+    alone = [sample for request in mixed_requests for sample in engine.run([request])]
+    check_same(engine.run(mixed_requests), alone)
+    for sample, other in zip(alone, plain, strict=True):
+        assert not torch.equal(sample.trajectory.latent_LC, other.trajectory.latent_LC)
 
 
 def test_seed_and_id_matter(engine, mixed_requests):
