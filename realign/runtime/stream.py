@@ -57,7 +57,8 @@ class Stream:
         self.engine, self.options, model = engine, options, engine.model
         costs = Costs.of(model)
         self.kv_token = costs.kv_token
-        self.budget = Budget(engine.memory_bytes or find_free_bytes(model.device), engine.lowered)
+        memory = find_free_bytes(model.device) if engine.memory_bytes is None else engine.memory_bytes
+        self.budget = Budget(memory, engine.lowered)
         self.reader = Reader(model, engine.prepare, 0, engine.backend, engine.run_tokens)
         self.read = ReadStage(model, costs, self.reader)
         self.write = WriteStage(model, costs, self.reader, engine.record)
