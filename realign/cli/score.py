@@ -166,6 +166,7 @@ def load_sample(folder: Path, record: Mapping[str, Any]) -> Scored:
         prompt=" ".join(part["text"] for part in record["prompt"] if "text" in part),
         reasoning=reasoning.get("text"),
         caption=reasoning.get("caption"),
+        is_malformed=reasoning.get("error") is not None,
         references=references,
     )
 

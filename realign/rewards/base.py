@@ -27,7 +27,8 @@ class Scored:
             [3, H, W] in [-1, 1].
         prompt: the texts of the prompt, in order.
         reasoning: the text that was written before the picture, None where nothing was.
-        caption: what the reasoning says that the picture shows, None where it has none that can be read.
+        caption: what the reasoning says that the picture shows; None where the reasoning has no caption.
+        is_malformed: the reasoning should have had a caption, and has none that can be read.
         references: the pictures of the prompt, in order.
         instruction: what the procedural world's oracle holds the picture to.
     """
@@ -37,6 +38,7 @@ class Scored:
     prompt: str = ""
     reasoning: str | None = None
     caption: str | None = None
+    is_malformed: bool = False
     references: Sequence[Image.Image | Tensor] = field(default=())
     instruction: Instruction | None = None
 

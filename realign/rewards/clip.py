@@ -100,6 +100,9 @@ class ClipEncoder:
 class ClipReward(Reward):
     """cos(E(picture), T(caption)), from -1 to 1; the caption is the sample's own, or else its prompt.
 
+    A malformed reasoning gives 0, less than any caption near the picture: it is the model's failing, and must
+    not be scored by another text.
+
     Args:
         spec, device: see `ClipEncoder`.
         encoder: one that is there already.
@@ -116,11 +119,13 @@ class ClipReward(Reward):
 
     def score(self, samples: Sequence[Scored]) -> Tensor:
         """Cosines."""
-        if not samples:
-            return torch.zeros(0)
-        texts = [self._text_of(sample) for sample in samples]
-        picture_ND = self.encoder.encode_pictures([sample.picture for sample in samples])
-        return self.gather(clip_score(picture_ND, self.encoder.encode_texts(texts)), samples)
+        numbers = [number for number, sample in enumerate(samples) if not sample.is_malformed]
+        score_N = torch.zeros(len(samples))
+        if numbers:
+            texts = [self._text_of(samples[number]) for number in numbers]
+            picture_ND = self.encoder.encode_pictures([samples[number].picture for number in numbers])
+            score_N[numbers] = clip_score(picture_ND, self.encoder.encode_texts(texts)).cpu()
+        return self.gather(score_N, samples)
 
     def _text_of(self, sample: Scored) -> str:
         text = sample.prompt if sample.caption is None else sample.caption

@@ -74,6 +74,15 @@ def test_without_a_caption_the_prompt_counts_and_without_both_it_fails(encoder):
         reward.score([make_sample(0, prompt=" ")])
 
 
+def test_a_malformed_reasoning_scores_nothing_by_another_text(encoder):
+    reward = ClipReward("x", encoder=encoder)
+    good, malformed = make_samples()[1], make_sample(1, reasoning="<out_caption>", is_malformed=True)
+    score = reward.score([malformed, good, malformed])
+    assert score[[0, 2]].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(score[1:2], reward.score([good]), atol=1e-6, rtol=0)
+    assert reward.score([malformed]).tolist() == [0.0]
+
+
 def test_no_samples_no_scores(encoder):
     assert ClipReward("x", encoder=encoder).score([]).shape == (0,)
     assert ImageSimilarityReward("x", encoder=encoder).score([]).shape == (0,)
