@@ -152,7 +152,7 @@ PICTURE_ARGUMENTS = {
         "guidance_renorm_min": ("S", "the least factor of renorm"),
     },
     CACHING: {
-        "cache_interval": ("N", "compute every Nth step, forecast the others; 1 is off"),
+        "cache_interval": ("N", "compute every Nth step and the last, forecast the others; 1 is off"),
         "cache_order": ("N", "of the forecast: 0 repeats, 1 goes straight on"),
         "cache_first": ("N", "so many first steps are computed"),
         "reuse_guidance_below": ("T", "where t <= T, guidance adds what it last added; 0 is off"),

@@ -55,11 +55,12 @@ class StepNeeds:
 def plan_steps(needs: Sequence[StepNeeds], caching: CachingSettings) -> tuple[StepPlan, ...]:
     """The plan of every step.
 
-    Computed are the first steps, then every `interval`-th; every step with noise, in full, so that its
+    Computed are the first steps, then every `interval`-th, and the last, which is the longest in t where the
+    schedule is shifted (on mini it is worth 5 dB of PSNR); every step with noise, in full, so that its
     log-prob is the model's; and every step for which a branch has nothing to be forecast from, as after
     noise: forecasts follow a smooth path, and it starts anew there.
     """
-    planner = _Planner(caching)
+    planner = _Planner(caching, len(needs))
     plans = [planner.plan(step, need) for step, need in enumerate(needs)]
     wanted: frozenset[Source] = frozenset()
     for step in reversed(range(len(plans))):
@@ -71,8 +72,8 @@ def plan_steps(needs: Sequence[StepNeeds], caching: CachingSettings) -> tuple[St
 class _Planner:
     """What was computed so far, since the last noise, step by step."""
 
-    def __init__(self, caching: CachingSettings) -> None:
-        self.caching = caching
+    def __init__(self, caching: CachingSettings, num_steps: int) -> None:
+        self.caching, self.num_steps = caching, num_steps
         self.computed: dict[str, list[int]] = {}  # by kind
         self.last = -caching.interval
 
@@ -97,7 +98,8 @@ class _Planner:
         return kind != "conditional" and is_late and not need.is_noisy and kind in self.computed
 
     def _is_computed(self, step: int, need: StepNeeds, kinds: Sequence[str]) -> bool:
-        is_due = step < self.caching.first or step - self.last >= self.caching.interval
+        is_first_or_last = step < self.caching.first or step == self.num_steps - 1
+        is_due = is_first_or_last or step - self.last >= self.caching.interval
         return is_due or need.is_noisy or any(kind not in self.computed for kind in kinds)
 
     def _forecast(self, kind: str, step: int) -> Weights:

@@ -67,7 +67,7 @@ class CachingSettings:
     """Steps whose velocities are forecast from earlier ones (see `realign.runtime.forecast`): off by default.
 
     Attributes:
-        interval: after the `first` steps every so many-th is computed; 1: all are.
+        interval: after the `first` steps every so many-th is computed, and the last; 1: all are.
         order: of the forecast; 0 repeats the last velocity, 1 goes on in a straight line.
         reuse_guidance_below: where t is at most this, the unconditional branches do not run: their last
             difference from the conditional velocity is taken again. 0: they always run.

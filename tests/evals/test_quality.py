@@ -55,7 +55,7 @@ def test_the_same_way_twice_is_equal(engine):
 def test_only_steps_that_are_forecast_have_an_error(engine):
     """From the plain run's own latents a computed step is the plain one, whatever was forecast before."""
     result = compare(engine, engine, build_requests(CACHED), batch_size=2)
-    computed = [0, 1, 2, 5, 8]
+    computed = [0, 1, 2, 5, 8, 10]
     by_step = result["velocity_error"]["by_step"]
     assert [step for step, error in enumerate(by_step) if error < 1e-5] == computed
     assert 0 < result["latent_error"]["mean"] < 0.5
@@ -112,7 +112,7 @@ def test_fp8_pictures_of_mini_are_near(mini_prompts):
 
 
 def test_step_caching_of_mini_is_near(mini_prompts):
-    """Measured: 58 dB in the mean of 32 pictures; one of these four, of 33 dB, falls another way."""
+    """Measured: 63 dB in the mean of 16 pictures."""
     engine = realign.load("mini", device="cpu").engine
     settings = replace(MINI, num_timesteps=50, caching=CachingSettings(interval=3))
     result = compare(engine, engine, [replace(request, settings=settings) for request in mini_prompts])

@@ -46,10 +46,10 @@ def test_by_default_every_step_is_computed_and_nothing_is_kept():
     assert not CachingSettings().is_on
 
 
-def test_bagels_own_setting_computes_19_of_49_steps():
+def test_bagels_own_setting_computes_19_of_49_steps_and_here_the_last():
     plans = plan_steps(build_needs(), CachingSettings(interval=3, order=6, first=5))
-    assert list_computed(plans) == [0, 1, 2, 3, *range(4, 49, 3)]
-    assert len(list_computed(plans)) == 19
+    assert list_computed(plans) == [0, 1, 2, 3, *range(4, 49, 3), 48]
+    assert len(list_computed(plans)) == 19 + 1
     assert max(len(plan.kept) for plan in plans) == 3 * 7  # order + 1 of each branch
 
 
@@ -90,7 +90,7 @@ def test_a_branch_that_comes_late_is_computed_when_it_is_first_needed():
     begins = next(step for step, need in enumerate(needs) if need.kinds == ALL)
     plans = plan_steps(needs, CachingSettings(interval=20, first=2))
     assert 2 < begins < 21
-    assert list_computed(plans) == [0, 1, begins, begins + 20]
+    assert list_computed(plans) == [0, 1, begins, begins + 20, 48]
     assert plans[begins].computed == ALL
 
 
