@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from realign.runtime.engine import Engine
 
 # Tokens of a forward, by the kind of device: more make it no faster, and samples later.
-ENOUGH_TOKENS = {"cpu": 4096, "cuda": 3 * 2**16}
+ENOUGH_TOKENS = {"cpu": 2400, "cuda": 3 * 2**16}
 # Requests whose pictures are loaded and fitted to the model ahead of the window.
 DEPTH = {"cpu": 16, "cuda": 16}
 # Of the budget, what the contexts may take that wait for their turn.
