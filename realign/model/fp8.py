@@ -113,12 +113,18 @@ class Fp8Linear:
 
     def __call__(self, codes_LI: Tensor) -> Tensor:
         """[L, O] in the dtype of the layer, from float8 [L, I]."""
+        return self.multiply(codes_LI) if codes_LI.is_cuda else self.multiply_dequantised(codes_LI)
+
+    def multiply(self, codes_LI: Tensor) -> Tensor:
+        """By torch's product; bfloat16."""
+        scales, dtype = (self.input_scale_1, self.weight_scale_1), self.linear.weight.dtype
+        return torch._scaled_mm(
+            codes_LI, self.codes_OI.t(), *scales, self.linear.bias, out_dtype=dtype, use_fast_accum=True
+        )
+
+    def multiply_dequantised(self, codes_LI: Tensor) -> Tensor:
+        """In float32, rounded once; a row's bits are its own."""
         bias, dtype = self.linear.bias, self.linear.weight.dtype
-        if codes_LI.is_cuda:
-            scales = (self.input_scale_1, self.weight_scale_1)
-            return torch._scaled_mm(
-                codes_LI, self.codes_OI.t(), *scales, bias, out_dtype=dtype, use_fast_accum=True
-            )
         product_LO = linear_by_rows(codes_LI.float(), self.codes_OI.float())
         product_LO = product_LO * (self.input_scale_1 * self.weight_scale_1)
         return (product_LO if bias is None else product_LO + bias.float()).to(dtype)

@@ -21,6 +21,7 @@ from realign.model.fp8 import (
 )
 from realign.model.linear import RowLinear
 from realign.model.mot import Route
+from realign_kernels import quantize_fp8
 
 from .helpers import relative_error
 from .test_mot import CausalAttention
@@ -71,8 +72,6 @@ def test_there_is_no_scale_for_what_is_not_finite(largest: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_product(bias: bool, dtype: torch.dtype) -> None:
     """Exactly that of the rounded numbers; near that of the numbers themselves."""
-    from realign_kernels import quantize_fp8
-
     torch.manual_seed(0)
     linear = RowLinear(96, 40, bias=bias, dtype=dtype)
     x_LI = torch.randn(7, 96)
@@ -87,6 +86,18 @@ def test_a_product(bias: bool, dtype: torch.dtype) -> None:
     assert relative_error(found, exact) < 2 * torch.finfo(dtype).eps + 1e-6
     assert relative_error(found, plain) < PRODUCT_ERROR
     assert relative_error(weight_OI, linear.weight) < 2.0**-4
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_torchs_own_product_is_the_same(bias: bool) -> None:
+    """What runs on a GPU, with the arguments that it has there."""
+    torch.manual_seed(0)
+    quantized = Fp8Linear(RowLinear(96, 48, bias=bias, dtype=torch.bfloat16), 0.25)
+    codes_LI = quantize_fp8(3 * torch.randn(7, 96), 0.25)
+    with torch.no_grad():
+        found, expected = quantized.multiply(codes_LI), quantized.multiply_dequantised(codes_LI)
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found, expected) < 2 * torch.finfo(torch.bfloat16).eps
 
 
 def test_a_weight_is_quantised_anew_in_place() -> None:
