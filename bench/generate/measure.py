@@ -120,7 +120,7 @@ def list_turns(device: torch.device, num_turns: int) -> list[tuple[bool, bool]]:
 
 
 def make_with_engine(model: Bagel, requests: Sequence[Request], clock: Clock | NoClock) -> list[Made]:
-    """All requests as one batch."""
+    """All requests together."""
     with watch_engine(clock):
         samples = Engine(model, PROGRAMS).run(requests)
     turns = [next(iter(sample.trajectory.text_turns), None) for sample in samples]

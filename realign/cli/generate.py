@@ -43,6 +43,7 @@ from realign.gallery.pages import page_name
 if TYPE_CHECKING:
     from realign.runtime.engine import Engine
 
+# Pictures that a process takes as its own at a time; and at a time with an engine that is compared.
 DEFAULT_BATCH_SIZE = 16
 LIBRARIES = ("torch", "transformers", "safetensors", "pillow", "numpy")
 

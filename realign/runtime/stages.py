@@ -94,7 +94,8 @@ class ReadStage(Stage):
                 lengths.update(self.reader.measure(reading))
             shares = {place: self.costs.read_token * length for place, length in lengths.items()}
             names = [name for reading in read.readings for name in self.reader.name_blocks(reading.parts)]
-            self.loads[read] = Load(tuple(names), shares, sum(lengths.values()))
+            # Blocks are read one after another, so a forward has about one of them.
+            self.loads[read] = Load(tuple(names), shares, max(lengths.values(), default=0))
         return self.loads[read]
 
     def carry_out(self, sessions: Sequence[Session], room: int) -> list[list[Context]]:

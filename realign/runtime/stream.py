@@ -49,6 +49,11 @@ class StreamOptions:
     batch_size: int | None = None
     picture_bytes: float = 2 * 2**30
 
+    def __post_init__(self) -> None:
+        for name, value in (("window", self.window), ("batch_size", self.batch_size)):
+            if value is not None and not value >= 1:
+                raise ValueError(f"{name} is {value!r}: must be at least 1")
+
 
 class Stream:
     """The samples of `requests` with the requests' numbers, as they are done; to be closed."""
@@ -173,10 +178,11 @@ class Stream:
             self.num_admitted += 1
 
     def _has_picture_room(self) -> bool:
+        """Whether the window may have another request's pictures; always if it is empty."""
         held: dict[int, int] = {}
         for session in self.sessions:
             held.update(session.picture_bytes)
-        return sum(held.values()) < self.options.picture_bytes
+        return not self.sessions or sum(held.values()) < self.options.picture_bytes
 
     def _meet(self, request: Request) -> tuple[Request, tuple[MetPicture, ...]]:
         """Fit a request's pictures to the model, in the thread that goes ahead."""

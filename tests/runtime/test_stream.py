@@ -140,6 +140,12 @@ def test_packs_are_even_and_full(engine, monkeypatch):
     assert sum(len({job.schedule.num_steps for job in pack}) == 1 for pack in packs) >= 5
 
 
+@pytest.mark.parametrize("name", ["window", "batch_size"])
+def test_a_bound_that_admits_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is 0: must be at least 1"):
+        StreamOptions(**{name: 0})
+
+
 def test_generator_streams_what_it_generates(model):
     generator = Generator(model)
     options = {"height": 16, "width": 16, "steps": 3, "num_images": 2}
@@ -188,5 +194,5 @@ def test_pictures_of_a_window_are_bounded(engine):
             prompt = Prompt.build([Image.new("RGB", (64, 64), (n, 0, 0)), "a mug"])
             yield Request(str(n), prompt, settings=SMALL)
 
-    order = [int(s.request.id) for s in engine.stream(requests(), StreamOptions(picture_bytes=1))]
+    order = [int(s.request.id) for s in engine.stream(requests(), StreamOptions(picture_bytes=0))]
     assert order == [0, 1, 2, 3, 4, 5]
