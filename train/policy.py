@@ -50,9 +50,11 @@ class Policy(ABC):
 
     Attributes:
         masters: float32, on the model's device.
+        checkpointing: as in `PolicyOptions`.
     """
 
     masters: dict[str, nn.Parameter]
+    checkpointing = False
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -153,6 +155,7 @@ def build_policy(engine: Engine, options: PolicyOptions, keeps_reference: bool, 
         policy: Policy = FullPolicy(engine, keeps_reference)
     else:
         policy = LoRAPolicy(engine, options, seed)
+    policy.checkpointing = options.checkpointing
     policy.publish()
     return policy
 

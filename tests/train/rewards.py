@@ -1,0 +1,14 @@
+"""Rewards for tests, as users write them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from realign.rewards.base import Scored
+
+
+def brightness(samples: Sequence[Scored]) -> list[float]:
+    """The mean level of a picture, 0 to 1."""
+    return [float(np.asarray(sample.picture).mean() / 255) for sample in samples]

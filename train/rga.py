@@ -1,0 +1,300 @@
+"""Reasoning-generation alignment: GRPO on the flow, samples rewarded for what their own reasoning says.
+
+    python -m train.rga train/recipes/mini-rga.toml --out runs/mini-rga
+
+Each iteration: prompts times G rollouts through the runtime, rewards, advantages within the groups, updates
+by replay of the recorded steps, the new weights published into the engine (Re-Align, arXiv 2601.05124;
+Flow-GRPO, arXiv 2505.05470). Everything random is a function of (seed, iteration), so a run that was killed
+goes on from its last checkpoint and ends with the weights it would have had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+
+from realign.model.bagel import Bagel
+from realign.reasoning.programs import PROGRAMS
+from realign.rewards.base import RewardError, WeightedSum
+from realign.rewards.spec import build_reward
+from realign.runtime.engine import Engine
+from realign_kernels import group_advantage
+from train.policy import build_policy
+from train.prompts import build_source
+from train.ranks import Ranks
+from train.recipe import Recipe, check_same_recipe, describe_recipe
+from train.replay import Entry, Replayer, list_entries
+from train.rollouts import Roller, Rollout, cut_parts, describe, score
+from train.state import (
+    append_row,
+    drop_rows_after,
+    load_optimizer_tensors,
+    load_state,
+    optimizer_tensors,
+    save_state,
+)
+from train.update import UpdateNumbers, Updater
+
+CLIP_SHARE = 0.1  # of the clip range: how far a replay that is not exact may be off
+
+
+class Stopped(RuntimeError):
+    """A guard ended the run; the text is one line that says why."""
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+class Aligner:
+    """A run of a recipe; `iterate` is one iteration."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
+        self.recipe, self.ranks = recipe, ranks
+        model = Bagel.from_pretrained(recipe.start, ranks.device, getattr(torch, recipe.dtype))
+        self.engine = Engine(model, PROGRAMS, record=True)
+        self.reward: WeightedSum = build_reward(recipe.reward, ranks.device)
+        source = build_source(recipe.data, recipe.seed)
+        self.roller = Roller(self.engine, source, recipe.rollout, recipe.window, recipe.seed)
+        self.policy = build_policy(self.engine, recipe.policy, recipe.update.kl_beta > 0, recipe.seed)
+        self.updater = Updater(self.policy, Replayer(self.engine), recipe.update, ranks)
+        self.num_done = 0
+        self.num_collapsed = 0
+
+    def iterate(self) -> dict[str, Any]:
+        """One iteration. Returns: its row of the log. Raises: Stopped, RewardError."""
+        clock = Clock()
+        numbers = cut_parts(self.recipe.rollout, self.recipe.update.updates, self.ranks)
+        with clock.phase("rollout"):
+            parts = [self.roller.roll(self.num_done, part) for part in numbers]
+        with clock.phase("reward"):
+            advantages, row = self._judge([rollout for part in parts for rollout in part])
+        entries = _list_entries(parts)
+        references = {}
+        if self.recipe.update.kl_beta:
+            with clock.phase("reference"):
+                references = self.updater.find_references([entry for part in entries for entry in part])
+        with clock.phase("update"):
+            made = self._update(entries, advantages, references)
+        self.num_done += 1
+        row |= _measure(made, self.recipe.update.clip_low, self.recipe.update.clip_high)
+        row["lr"] = self.recipe.update.rate(self.updater.num_done - 1)
+        seconds = {name: round(value, 3) for name, value in clock.seconds.items()}
+        row["samples_per_second"] = round(self.recipe.rollout.num_samples / sum(seconds.values()), 3)
+        return {"step": self.num_done, **row, "seconds": seconds}
+
+    def _judge(self, rollouts: Sequence[Rollout]) -> tuple[list[float], dict[str, Any]]:
+        """The advantages of this process's rollouts, and what the log says of all."""
+        rewards_NR = self.ranks.gather(score(self.reward, rollouts))
+        group_N = self.ranks.gather(torch.tensor([rollout.group for rollout in rollouts], dtype=torch.int64))
+        if not bool(rewards_NR.isfinite().all()):
+            raise Stopped(f"reward: {int((~rewards_NR.isfinite()).sum())} numbers are not finite: mend it")
+        weights_R = torch.tensor([weight for _, weight in self.reward.terms], dtype=torch.float32)
+        num_groups = self.recipe.rollout.prompts
+        found = group_advantage(rewards_NR, group_N, num_groups, weights_R, self.recipe.advantage)
+        total_N = rewards_NR @ weights_R
+        spread = float(_spread(total_N, group_N, num_groups))
+        self._watch_spread(spread)
+        counts = self.ranks.sum(torch.tensor(list(describe(rollouts).values()), dtype=torch.float64))
+        num_samples, num_chains, num_distinct, num_failures = counts.tolist()
+        row: dict[str, Any] = {"reward": float(total_N.mean()), "spread": spread}
+        if len(self.reward.terms) > 1:
+            names = [term.name for term, _ in self.reward.terms]
+            row["rewards"] = dict(zip(names, rewards_NR.mean(0).tolist(), strict=True))
+        row["degenerate"] = float(found.is_degenerate_G.float().mean())
+        if num_chains:
+            row |= {"distinct_chains": num_distinct / num_chains, "failures": num_failures / num_samples}
+        return self._take_own(found.advantage_N, len(rollouts)), row
+
+    def _take_own(self, advantage_N: torch.Tensor, count: int) -> list[float]:
+        """This process's, of all that were gathered in the order of the processes."""
+        counts = self.ranks.gather(torch.tensor([count])).tolist()
+        start = sum(counts[: self.ranks.rank])
+        return advantage_N[start : start + count].tolist()
+
+    def _update(
+        self,
+        entries: Sequence[Sequence[Entry]],
+        advantages: Sequence[float],
+        references: dict[int, torch.Tensor],
+    ) -> list[UpdateNumbers]:
+        """All updates of an iteration."""
+        made = []
+        for _ in range(self.recipe.update.epochs):
+            for part in entries:
+                made.append(self.updater.update(part, advantages, references))
+                if len(made) == 1:
+                    self._check_ratio(made[0])
+        return made
+
+    def _check_ratio(self, first: UpdateNumbers) -> None:
+        """The weights were those of the rollout: the ratio has to be one."""
+        update, bound = self.recipe.update, self.recipe.guards.ratio
+        if bound is None:
+            is_exact = (
+                update.packing == "rollout"
+                and self.recipe.dtype == "float32"
+                and self.engine.model.device.type == "cpu"
+            )
+            bound = 0.0 if is_exact else CLIP_SHARE * min(update.clip_low, update.clip_high)
+        error = float((first.ratio_N - 1).abs().max())
+        if not error <= bound:
+            what = f"the first ratio of iteration {self.num_done + 1} is off one by {error:.3g}"
+            raise Stopped(f"{what}, more than {bound:.3g}: replay and rollout do not compute the same")
+
+    def _watch_spread(self, spread: float) -> None:
+        guards = self.recipe.guards
+        self.num_collapsed = self.num_collapsed + 1 if spread < guards.spread else 0
+        if self.num_collapsed >= guards.patience:
+            what = (
+                f"rewards within groups were equal for {self.num_collapsed} iterations (spread {spread:.3g})"
+            )
+            raise Stopped(f"{what}: there is nothing to learn from; look at the samples and the reward")
+
+    def save(self, out: Path) -> None:
+        """Everything that the next iteration needs, atomically, under out/checkpoints."""
+        names = {id(p): name for name, p in self.policy.masters.items()}
+        tensors = {f"master.{name}": p for name, p in self.policy.masters.items()}
+        pairs = zip(self.policy.masters, self.updater.average, strict=True)
+        tensors |= {f"average.{name}": average for name, average in pairs}
+        tensors |= optimizer_tensors(self.updater.optimizer, names)
+        numbers = {"recipe": describe_recipe(self.recipe), "collapsed": self.num_collapsed}
+        save_state(out / "checkpoints", self.num_done, tensors, {**numbers, "updates": self.updater.num_done})
+
+    @torch.no_grad()
+    def restore(self, out: Path) -> None:
+        """Goes back to the newest whole checkpoint, if there is one.
+
+        Raises:
+            ValueError: it was made by another recipe.
+        """
+        state = load_state(out / "checkpoints")
+        if state is None:
+            return
+        tensors, numbers = state
+        check_same_recipe(numbers["recipe"], self.recipe, out)
+        for (name, master), average in zip(self.policy.masters.items(), self.updater.average, strict=True):
+            master.copy_(tensors[f"master.{name}"])
+            average.copy_(tensors[f"average.{name}"])
+        names = {id(p): name for name, p in self.policy.masters.items()}
+        load_optimizer_tensors(self.updater.optimizer, names, tensors)
+        self.num_done, self.num_collapsed = numbers["step"], numbers["collapsed"]
+        self.updater.num_done = numbers["updates"]
+        self.policy.publish()
+
+    def export(self, folder: Path) -> None:
+        """Writes the averaged weights, adapters merged, as a checkpoint that `realign.load` reads."""
+        self.policy.publish(dict(zip(self.policy.masters, self.updater.average, strict=True)))
+        self.engine.model.save_pretrained(folder)
+        self.policy.publish()
+
+
+def _list_entries(parts: Sequence[Sequence[Rollout]]) -> list[list[Entry]]:
+    """The entries of each part, their samples numbered through."""
+    entries, start = [], 0
+    for part in parts:
+        own = list_entries([rollout.sample for rollout in part])
+        entries.append([replace(entry, number=start + entry.number) for entry in own])
+        start += len(part)
+    return entries
+
+
+def _spread(total_N: torch.Tensor, group_N: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """The mean standard deviation of rewards within groups."""
+    groups = [total_N[group_N == group] for group in range(num_groups)]
+    return torch.stack([own.double().std(correction=0) for own in groups]).mean()
+
+
+def _measure(made: Sequence[UpdateNumbers], clip_low: float, clip_high: float) -> dict[str, float]:
+    """What the log says of an iteration's updates; ratios of all of them."""
+    ratio_N = torch.cat([one.ratio_N for one in made])
+    first_N = made[0].ratio_N
+    return {
+        "ratio_mean": float(ratio_N.mean()),
+        "ratio_min": float(ratio_N.min()),
+        "ratio_max": float(ratio_N.max()),
+        "first_ratio_error": float((first_N - 1).abs().max()),
+        "clipped_low": float((ratio_N < 1 - clip_low).float().mean()),
+        "clipped_high": float((ratio_N > 1 + clip_high).float().mean()),
+        "approx_kl": float(torch.cat([one.approx_kl_N for one in made]).mean()),
+        "kl": float(torch.cat([one.kl_N for one in made]).mean()),
+        "grad_norm": sum(one.grad_norm for one in made) / len(made),
+    }
+
+
+def run(recipe: Recipe, out: Path, ranks: Ranks) -> None:
+    """Aligns to the recipe's last iteration, going on from the newest checkpoint; exports to out/model."""
+    aligner = Aligner(recipe, ranks)
+    aligner.restore(out)
+    log = out / "log.jsonl"
+    if ranks.is_first:
+        out.mkdir(parents=True, exist_ok=True)
+        drop_rows_after(log, aligner.num_done)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not ranks.is_first) as progress:
+        task = progress.add_task("aligning", total=recipe.iterations, completed=aligner.num_done)
+        while aligner.num_done < recipe.iterations:
+            row = aligner.iterate()
+            is_last = aligner.num_done == recipe.iterations
+            if ranks.is_first:
+                append_row(log, row)
+                said = f"reward {row['reward']:.4f} spread {row['spread']:.4f}"
+                progress.update(task, completed=aligner.num_done, description=said)
+                if is_last or aligner.num_done % recipe.checkpoint_every == 0:
+                    aligner.save(out)
+    if ranks.is_first:
+        aligner.export(out / "model")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--iterations", type=int, help="another number of iterations than the recipe's")
+    parser.add_argument(
+        "--device", default="auto", help="such as cpu or cuda (default: cuda where there is one)"
+    )
+    args = parser.parse_args()
+    ranks = Ranks.join(args.device)
+    try:
+        recipe = Recipe.load(args.recipe)
+        if args.iterations is not None:
+            recipe = replace(recipe, iterations=args.iterations)
+        run(recipe, args.out, ranks)
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (Stopped, RewardError) as error:
+        sys.exit(f"stopped: {error}")
+    except (OSError, SafetensorError) as error:
+        sys.exit(
+            f"stopped: {args.out} cannot be written to ({error}); mend that and run the same command again"
+        )
+
+
+if __name__ == "__main__":
+    main()

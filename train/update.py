@@ -1,0 +1,198 @@
+"""One update of a policy: its entries replayed, GRPO's loss, the optimiser, the new weights published.
+
+N entries, one step of one sample each; L latent tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from realign_kernels import RatioGuard, VelocityKL, grpo_loss
+from train.policy import Policy, checkpoint_layers
+from train.ranks import Ranks
+from train.replay import PACKINGS, Entry, Replayed, Replayer, pack_entries
+
+KL_SPACES = ("velocity", "mean")
+
+
+@dataclass(frozen=True)
+class UpdateOptions:
+    """The loss, AdamW, and how an iteration's entries are cut up.
+
+    Attributes:
+        updates: parts that the rollouts of an iteration are cut into, each with an update of its own.
+        epochs: how often the parts are gone through.
+        packing: how entries go into forwards; "rollout" is as they were sampled, and its first ratio is
+            exactly one; "dense" is `micro_batch` at a time. See `train.replay.pack_entries`.
+        clip_low, clip_high: how far the ratio may leave 1, below and above.
+        guard: GRPO-Guard's normalised ratio and weights (arXiv 2510.22319).
+        kl_beta, kl_space: weight of the pull to the weights that training began with, in the space of
+            velocities or of the steps' means; 0: none.
+        warmup: updates over which the learning rate rises.
+        ema_decay: of the average that is exported; 0: the last weights are.
+    """
+
+    learning_rate: float = 1e-5
+    updates: int = 1
+    epochs: int = 1
+    packing: str = "rollout"
+    micro_batch: int = 8
+    clip_low: float = 1e-4
+    clip_high: float = 1e-4
+    guard: bool = False
+    kl_beta: float = 0.0
+    kl_space: str = "velocity"
+    warmup: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    grad_clip: float = 1.0
+    ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, known in (("packing", PACKINGS), ("kl_space", KL_SPACES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"update {name} is {getattr(self, name)!r}: must be one of {', '.join(known)}"
+                )
+        for name in ("updates", "epochs", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"update {name} is {getattr(self, name)}: must be at least 1")
+        for name in ("learning_rate", "clip_low", "clip_high", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"update {name} is {getattr(self, name)}: must be above 0")
+        if self.kl_beta < 0 or not 0 <= self.ema_decay < 1:
+            what = f"update kl_beta is {self.kl_beta}, ema_decay {self.ema_decay}"
+            raise ValueError(f"{what}: must be 0 or more, and the decay below 1")
+
+    def rate(self, num_done: int) -> float:
+        """The learning rate of an update, counted from 0."""
+        return self.learning_rate * min(1.0, (num_done + 1) / max(1, self.warmup))
+
+    def average(self, num_done: int) -> float:
+        """The decay of the moving average after so many updates: short at first."""
+        return min(self.ema_decay, (1 + num_done) / (10 + num_done))
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateNumbers:
+    """What an update was like, over all processes. All float32 [N] on the CPU but for the norm.
+
+    `kl_N` is 0 where there is none; `approx_kl_N` is half the squared difference of the log-probs.
+    """
+
+    ratio_N: Tensor
+    kl_N: Tensor
+    approx_kl_N: Tensor
+    grad_norm: float
+
+
+class Updater:
+    """Changes a policy by entries and their advantages."""
+
+    def __init__(self, policy: Policy, replayer: Replayer, options: UpdateOptions, ranks: Ranks) -> None:
+        self.policy, self.replayer, self.options, self.ranks = policy, replayer, options, ranks
+        self.parameters = list(policy.masters.values())
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=options.learning_rate,
+            betas=tuple(options.betas),
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+        self.num_done = 0
+
+    @torch.no_grad()
+    def find_references(self, entries: Sequence[Entry]) -> dict[int, Tensor]:
+        """The velocities of entries under the weights that training began with, on the CPU, by `id`."""
+        found = {}
+        with self.policy.reference():
+            for pack in self._pack(entries):
+                replayed = self.replayer.replay(pack)
+                parts = replayed.velocity_LC.cpu().split(replayed.cu_seqlens.diff().tolist())
+                found.update(zip(map(id, pack), parts, strict=True))
+        self.replayer.forget()
+        return found
+
+    def update(
+        self, entries: Sequence[Entry], advantages: Sequence[float], references: dict[int, Tensor]
+    ) -> UpdateNumbers:
+        """One step of the optimiser; the loss is the mean over the entries of all processes.
+
+        Args:
+            advantages: of each sample, by `Entry.number`.
+            references: as `find_references` gives them; empty without a KL.
+        """
+        device = self.policy.engine.model.device
+        count = self.ranks.sum(torch.tensor(float(len(entries)), dtype=torch.float64, device=device))
+        rows = [torch.empty(0, 3)]
+        with (
+            self.policy.differentiate(),
+            checkpoint_layers(self.policy.engine.model, self.policy.checkpointing),
+        ):
+            for pack in self._pack(entries):
+                rows.append(self._accumulate(pack, advantages, references, float(count)))
+        norm = self._step()
+        ratio_N, kl_N, approx_kl_N = self.ranks.gather(torch.cat(rows)).unbind(dim=1)
+        return UpdateNumbers(ratio_N, kl_N, approx_kl_N, norm)
+
+    def _accumulate(
+        self, pack: Sequence[Entry], advantages: Sequence[float], references: dict[int, Tensor], count: float
+    ) -> Tensor:
+        """Adds a pack's gradients; its ratios, KLs and approximate KLs [N, 3]."""
+        replayed = self.replayer.replay(pack)
+        advantage_N = torch.tensor([advantages[e.number] for e in pack]).to(replayed.logprob_N)
+        loss, metrics = grpo_loss(
+            replayed.logprob_N,
+            replayed.old_logprob_N,
+            advantage_N,
+            (self.options.clip_low, self.options.clip_high),
+            self._guard(replayed) if self.options.guard else None,
+            self._pull(pack, replayed, references) if references else None,
+            denominator=count,
+        )
+        loss.backward()
+        difference_N = replayed.logprob_N.detach() - replayed.old_logprob_N
+        kl_N = torch.zeros_like(difference_N) if metrics.kl_N is None else metrics.kl_N
+        return torch.stack((metrics.ratio_N, kl_N, difference_N.square() / 2), dim=1).float().cpu()
+
+    def _guard(self, replayed: Replayed) -> RatioGuard:
+        scale_N, weight_N = (
+            torch.tensor([getattr(step, name) for step in replayed.steps]).to(replayed.old_logprob_N)
+            for name in ("ratio_scale", "policy_weight")
+        )
+        return RatioGuard(replayed.bias_N, scale_N, weight_N)
+
+    def _pull(self, pack: Sequence[Entry], replayed: Replayed, references: dict[int, Tensor]) -> VelocityKL:
+        reference_LC = torch.cat([references[id(entry)] for entry in pack]).to(replayed.velocity_LC.device)
+        weight_N = None
+        if self.options.kl_space == "mean":
+            weight_N = torch.tensor([step.kl_weight for step in replayed.steps]).to(replayed.old_logprob_N)
+        return VelocityKL(
+            replayed.velocity_LC, reference_LC, replayed.cu_seqlens, self.options.kl_beta, weight_N
+        )
+
+    def _step(self) -> float:
+        """Gradients of all processes to new weights; the norm of the gradient before it was clipped."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self.ranks.sum(parameter.grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.rate(self.num_done)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_done += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.parameters, 1 - self.options.average(self.num_done))
+        self.replayer.forget()
+        self.policy.publish()
+        return float(norm)
+
+    def _pack(self, entries: Sequence[Entry]) -> list[list[Entry]]:
+        return pack_entries(entries, self.options.packing, self.options.micro_batch)
