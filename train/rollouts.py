@@ -29,7 +29,8 @@ class WindowOptions:
     Attributes:
         rule, level: as `NoiseSettings`.
         size: steps in the window.
-        first, end: the range of steps that it lies within; end None: to the last step.
+        first, end: the range of steps that it lies within; end None: to before the last step, which ends at
+            the picture, and where CPS adds no noise.
         move: "random": anywhere in the range, anew each iteration (Flow-GRPO-Fast); "slide": from the
             beginning of the range to its end, by `stride` steps every `every` iterations, and then again
             (MixGRPO).
@@ -56,10 +57,13 @@ class WindowOptions:
 
     def count_places(self, num_steps: int) -> int:
         """In how many places the window can be. Raises: ValueError where it fits in none."""
-        end = num_steps if self.end is None else self.end
-        if not 0 <= self.first <= end - self.size <= num_steps - self.size:
+        end = num_steps - 1 if self.end is None else self.end
+        most = num_steps - (self.rule == "cps")
+        if not 0 <= self.first <= end - self.size <= most - self.size:
             what = f"window of {self.size} steps from {self.first} to before {end}"
-            raise ValueError(f"{what}: the range must lie within the {num_steps} steps and hold the window")
+            raise ValueError(
+                f"{what}: it must fit in there, and that in the first {most} steps, which have noise"
+            )
         return end - self.size - self.first + 1
 
     def place(self, seed: int, iteration: int, num_steps: int) -> NoiseSettings:

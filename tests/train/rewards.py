@@ -12,3 +12,15 @@ from realign.rewards.base import Scored
 def brightness(samples: Sequence[Scored]) -> list[float]:
     """The mean level of a picture, 0 to 1."""
     return [float(np.asarray(sample.picture).mean() / 255) for sample in samples]
+
+
+def darkness(samples: Sequence[Scored]) -> list[float]:
+    return [-level for level in brightness(samples)]
+
+
+def constant(samples: Sequence[Scored]) -> list[float]:
+    return [0.5] * len(samples)
+
+
+def broken(samples: Sequence[Scored]) -> list[float]:
+    return [float("nan")] * len(samples)

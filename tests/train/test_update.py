@@ -1,0 +1,144 @@
+"""Updates: the mean is over all entries however they are packed; the pull to the reference; recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.train.rga_runs import BASE, build_recipe, start, write_recipe
+from train.ranks import Ranks
+from train.recipe import Recipe
+from train.rga import Aligner
+from train.update import UpdateOptions
+
+ROOT = Path(__file__).parents[2]
+
+
+def find_gradients(folder: Path, *changes: dict) -> dict[str, Tensor]:
+    """The masters' gradients of a first update, not clipped."""
+    aligner = Aligner(build_recipe(folder, *changes), Ranks())
+    found: dict[str, Tensor] = {}
+
+    def keep() -> float:
+        found.update({name: master.grad.clone() for name, master in aligner.policy.masters.items()})
+        return 1.0
+
+    aligner.updater._step = keep
+    aligner.iterate()
+    return found
+
+
+def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    for name, grad in expected.items():
+        atol = tolerance * float(grad.abs().max())
+        torch.testing.assert_close(ours[name], grad, rtol=tolerance, atol=atol, msg=name)
+
+
+def test_the_mean_does_not_depend_on_the_packing(tmp_path: Path) -> None:
+    """Packs of other sizes, the last one smaller, batches of the sampler: up to the order of sums."""
+    whole = find_gradients(tmp_path)
+    assert all(grad.any() for grad in whole.values())
+    for packing in (
+        {"update": {"packing": "dense", "micro_batch": 5}},
+        {"update": {"packing": "dense", "micro_batch": 1}},
+        {"rollout": {"batch_size": 4}},
+        {"policy": {"checkpointing": True}},
+    ):
+        assert_close(find_gradients(tmp_path, packing), whole, 1e-4)
+
+
+def test_a_pull_to_the_reference(tmp_path: Path) -> None:
+    """None where training begins; then it holds the weights back, in either space."""
+    beta = {"update": {"kl_beta": 1e4, "learning_rate": 1e-4}}
+    free = {"update": {"kl_beta": 1e-12, "learning_rate": 1e-4}}
+    for space in ("velocity", "mean"):
+        rows = {}
+        for name, change in (("held", beta), ("free", free)):
+            aligner = Aligner(build_recipe(tmp_path, change, {"update": {"kl_space": space}}), Ranks())
+            rows[name] = [aligner.iterate()["kl"] for _ in range(4)]
+        assert rows["held"][0] == rows["free"][0] == 0
+        assert 0 < rows["held"][-1] < rows["free"][-1]
+
+
+def test_advantages_reach_their_own_samples(tmp_path: Path) -> None:
+    """Of the second part too: parts that are given each other's would go elsewhere."""
+    parts: list[list[float]] = []
+    aligner = Aligner(build_recipe(tmp_path, {"update": {"updates": 2}}), Ranks())
+    update = aligner.updater.update
+
+    def watch(entries, advantages, references):
+        parts.append([advantages[entry.number] for entry in entries if entry.noisy is first_step(entry)])
+        levels = [
+            np.asarray(entry.sample.image).mean() for entry in entries if entry.noisy is first_step(entry)
+        ]
+        assert np.argsort(levels).tolist() == np.argsort(parts[-1]).tolist()
+        return update(entries, advantages, references)
+
+    aligner.updater.update = watch
+    aligner.iterate()
+    assert [len(part) for part in parts] == [3, 3]
+    assert all(sum(part) == pytest.approx(0, abs=1e-3) for part in parts)
+
+
+def first_step(entry):
+    return entry.sample.trajectory.recording.noisy_steps[0]
+
+
+def test_rates() -> None:
+    options = UpdateOptions(learning_rate=1.0, warmup=4, ema_decay=0.9)
+    assert [options.rate(n) for n in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert options.average(0) == 0.1
+    assert options.average(1000) == 0.9
+    assert UpdateOptions().average(1000) == 0
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "train" / "recipes").glob("*rga*.toml")), ids=lambda p: p.stem
+)
+def test_shipped_recipes_are_recipes(path: Path) -> None:
+    assert Recipe.load(path).iterations > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"iterations": 0}, "iterations is 0"),
+        ({"reward": "beauty"}, "'beauty' is not known"),
+        ({"speed": 3}, "speed"),
+        ({"update": {"speed": 3}}, "speed"),
+        ({"update": {"packing": "loose"}}, "packing is 'loose'"),
+        ({"update": {"kl_space": "outer"}}, "kl_space is 'outer'"),
+        ({"update": {"updates": 7}}, "6 samples to share"),
+        ({"update": {"learning_rate": 0}}, "learning_rate is 0"),
+        ({"update": {"clip_low": 0}}, "clip_low is 0"),
+        ({"update": {"ema_decay": 1.0}}, "ema_decay 1.0"),
+        ({"window": {"size": 9}}, "window of 9 steps"),
+        ({"policy": {"kind": "some"}}, "kind is 'some'"),
+        ({"data": {"prompts": "x"}}, "give one of them"),
+    ],
+)
+def test_a_recipe_of_no_use_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
+    path = write_recipe(tmp_path / "recipe.toml", changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        Recipe.load(path)
+    assert "is not a recipe" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_recipe_keeps_what_it_says(tmp_path: Path) -> None:
+    recipe = build_recipe(tmp_path, {"advantage": {"std": "global"}, "guards": {"patience": 9}})
+    assert (recipe.advantage.std, recipe.advantage.clamp, recipe.guards.patience) == ("global", 5.0, 9)
+    assert recipe.rollout.group == BASE["rollout"]["group"]
+
+
+def test_a_bad_command_is_one_line(tmp_path: Path) -> None:
+    process = start(tmp_path / "missing.toml", tmp_path / "out", stderr=-1, text=True)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 2
+    assert len(errors.splitlines()) == 1
+    assert "is not a recipe" in errors
