@@ -14,8 +14,14 @@ def brightness(samples: Sequence[Scored]) -> list[float]:
     return [float(np.asarray(sample.picture).mean() / 255) for sample in samples]
 
 
-def darkness(samples: Sequence[Scored]) -> list[float]:
-    return [-level for level in brightness(samples)]
+def redness(samples: Sequence[Scored]) -> list[float]:
+    """How far red is above blue, -1 to 1."""
+    levels = [np.asarray(sample.picture).mean((0, 1)) / 255 for sample in samples]
+    return [float(red - blue) for red, _, blue in levels]
+
+
+def blueness(samples: Sequence[Scored]) -> list[float]:
+    return [-level for level in redness(samples)]
 
 
 def constant(samples: Sequence[Scored]) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tests.train.rga_runs import (
     write_recipe,
 )
 from train.ranks import Ranks
-from train.rga import Aligner, Stopped, run
+from train.rga import Aligner, Stopped, main, run
 from train.rollouts import score
 from train.state import load_state
 
@@ -30,16 +31,16 @@ MINI = {"start": "mini", "rollout": {"height": 64, "width": 64, "group": 8}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["brightness", "darkness"])
+@pytest.mark.parametrize("name", ["redness", "blueness"])
 def test_the_reward_rises(tmp_path: Path, name: str) -> None:
-    """Whichever way it points: of the same noise, before and after, by more than twice groups' spread."""
+    """Whichever way it points: of the same noise, before and after, by more than three times the spread."""
     changes = {"reward": f"function:tests.train.rewards:{name}", "update": {"learning_rate": 3e-3}}
     aligner = Aligner(build_recipe(tmp_path, MINI, changes), Ranks())
     before = aligner.iterate()
     for _ in range(4):
         aligner.iterate()
     again = score(aligner.reward, aligner.roller.roll(0, range(16))).mean()
-    assert float(again) - before["reward"] > 2 * before["spread"]
+    assert float(again) - before["reward"] > 3 * before["spread"]
 
 
 @pytest.mark.parametrize("policy", ["full", "lora"])
@@ -63,6 +64,7 @@ def test_a_run_in_pieces_is_the_whole_run(tmp_path: Path, policy: str) -> None:
     assert rows[-1]["kl"] > rows[0]["kl"] > 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     """kill -9 twice, wherever it was."""
     path = write_recipe(tmp_path / "recipe.toml", FULL, {"iterations": 4})
@@ -153,16 +155,15 @@ def test_a_denser_packing_is_held_to_a_tenth_of_the_clip_range(tmp_path: Path) -
     [("constant", "were equal for 2 iterations"), ("broken", "the score is nan")],
 )
 def test_a_reward_that_teaches_nothing_stops_the_run_in_one_line(
-    tmp_path: Path, reward: str, message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reward: str, message: str
 ) -> None:
     changes = {"reward": f"function:tests.train.rewards:{reward}", "guards": {"patience": 2}}
     path = write_recipe(tmp_path / "recipe.toml", changes, {"iterations": 9})
-    process = start(path, tmp_path / "out", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 1
-    assert len(errors.splitlines()) == 1
-    assert errors.startswith("stopped: ")
-    assert message in errors
+    monkeypatch.setattr(sys, "argv", ["rga", str(path), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    with pytest.raises(SystemExit, match=message) as caught:
+        main()
+    assert str(caught.value.code).startswith("stopped: ")
+    assert len(str(caught.value.code).splitlines()) == 1
 
 
 def test_the_count_before_a_collapse_outlasts_a_restart(tmp_path: Path) -> None:
