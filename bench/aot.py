@@ -1,7 +1,8 @@
 """`python -m bench.aot`: compile every kernel for sm_80 and sm_90, no GPU needed, and say what each takes.
 
 A row in `results/aot.jsonl` per kernel and configuration: registers, stack (spills are there), shared memory,
-widths of loads and stores. Triton's launches are recorded from the bench entries and `bench.variants`, with
+widths of loads and stores, what a multiprocessor holds of it at once, and how its grids at BAGEL's sizes fill
+the chip. Triton's launches are recorded from the bench entries and `bench.variants`, with
 tensors on the CPU.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,9 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.overrides import TorchFunctionMode
 
-from bench.case import Op, Shape
 from bench.compiling import compile_cuda, compile_triton, specialise
-from bench.machine_code import find_tool
+from bench.machine_code import Usage, Widths, find_tool
+from bench.occupancy import PROCESSORS, Grid, describe_grid, find_occupancy
 from bench.registry import OPS
 from bench.rows import RESULTS as FOLDER
 from bench.rows import name_commit
@@ -38,7 +40,6 @@ from realign_kernels import launch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = FOLDER / "aot.jsonl"
-FEW = 1024
 COLUMNS = (
     "op",
     "kernel",
@@ -46,8 +47,10 @@ COLUMNS = (
     "configurations",
     "warps",
     "registers",
-    "stack",
     "shared",
+    "blocks",
+    "held",
+    "waves",
     "loads",
     "stores",
 )
@@ -60,12 +63,16 @@ class KernelResources:
     Attributes:
         configuration: see `Specialised.describe`; of a CUDA kernel, its template arguments.
         capability: ten times the compute capability: 80, 90.
-        num_warps: of a Triton kernel; 0 for CUDA, where a launch says.
+        num_warps: of a block; of a CUDA kernel, those of its launch bounds.
         is_timed: whether a bench entry runs this configuration; of CUDA kernels always.
         registers: per thread.
         stack_bytes: per thread; not 0 means spilled registers, or arrays outside registers.
         shared_bytes: per block, without what the launch of a CUDA kernel adds.
         loads, stores: number of instructions on global memory by their width in bytes.
+        blocks: on a multiprocessor at once; of a CUDA kernel at most, as its launch may add shared memory.
+        occupancy: their warps, as a share of those that it can hold.
+        limit: what there is not enough of for another block: registers, shared, warps, blocks.
+        grids: of the launches of the bench entries, by shape.
     """
 
     op: str
@@ -80,6 +87,14 @@ class KernelResources:
     shared_bytes: int
     loads: dict[int, int]
     stores: dict[int, int]
+    blocks: int
+    occupancy: float
+    limit: str
+    grids: dict[str, Grid] = field(default_factory=dict)
+
+    def add_grid(self, shape: str, programs: int) -> None:
+        """A launch of this configuration."""
+        self.grids[shape] = describe_grid(PROCESSORS[self.capability], self.blocks, programs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,82 +142,87 @@ def compile_all(ops: Sequence[str], capabilities: Sequence[int]) -> list[KernelR
 def compile_source(source: Path, capabilities: Sequence[int]) -> list[KernelResources]:
     """One row per kernel of a CUDA file and chip."""
     return [
-        build_row(source.stem, "cuda", *name, capability, 0, True, *resources)
+        build_row((source.stem, "cuda", *name, capability, num_warps, True), *resources)
         for capability in capabilities
-        for name, resources in compile_cuda(source, capability).items()
+        for name, (num_warps, *resources) in compile_cuda(source, capability).items()
     ]
 
 
 def compile_op(name: str, capabilities: Sequence[int]) -> list[KernelResources]:
     """One row per distinct configuration of the op's Triton kernels and chip."""
     rows: dict[tuple, KernelResources] = {}
-    for is_timed, recorded in record_launches(name):
+    for shape, recorded in record_launches(name):
         for capability in capabilities:
             chosen = specialise(recorded, capability)
             label = (chosen.kernel.__name__, chosen.describe(), capability, recorded.num_warps)
             if label not in rows:
-                rows[label] = build_row(name, "triton", *label, is_timed, *compile_triton(chosen, capability))
+                is_timed = shape is not None
+                compiled = compile_triton(chosen, capability)
+                rows[label] = build_row((name, "triton", *label, is_timed), *compiled)
+            if shape is not None:
+                rows[label].add_grid(shape, math.prod(recorded.grid))
     return list(rows.values())
 
 
-def record_launches(name: str) -> Iterator[tuple[bool, launch.Launch]]:
-    """The launches of an op's Triton run at each shape (True) and of its variants (False), if it has any."""
-    for shape in pick_shapes(OPS[name]):
-        with launch.record_launches() as launches, torch.no_grad(), NoRandomNumbers():
+def record_launches(name: str) -> Iterator[tuple[str | None, launch.Launch]]:
+    """The launches of an op's Triton run by shape, and, without one, those of its variants, if it has any."""
+    for shape in OPS[name].gpu_shapes:
+        with launch.record_launches() as launches, torch.no_grad(), NoNumbers():
             run = OPS[name].build(shape, torch.device("cpu")).runs.get("triton")
             if run is not None:
                 run()
-        yield from ((True, recorded) for recorded in launches)
+        yield from ((f"{shape} {shape.dtype}".replace("torch.", ""), recorded) for recorded in launches)
     with launch.record_launches() as launches, torch.no_grad():
         VARIANTS.get(name, lambda: None)()
-    yield from ((False, recorded) for recorded in launches)
+    yield from ((None, recorded) for recorded in launches)
 
 
-def pick_shapes(op: Op) -> list[Shape]:
-    """The GPU's, with few tokens: a kernel never depends on how many there are."""
-    short = [
-        Shape(
-            {name: min(size, FEW) if name == "L" else size for name, size in shape.sizes.items()}, shape.dtype
-        )
-        for shape in op.gpu_shapes
-    ]
-    return list({(str(shape), shape.dtype): shape for shape in short}.values())
+class NoNumbers(TorchFunctionMode):
+    """Memory that nobody touches in place of random floats, and of these in another dtype.
 
-
-class NoRandomNumbers(TorchFunctionMode):
-    """Zeros in place of random floats, whose drawing would take most of the time."""
+    At BAGEL's sizes most of the time would go into them, and no launch depends on their values.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func in (torch.randn, torch.rand):
             kwargs.pop("generator", None)
-            return torch.zeros(*args, **kwargs)
+            return torch.empty(*args, **kwargs)
+        if func is torch.Tensor.to and args[0].is_floating_point() and isinstance(args[1], torch.dtype):
+            return torch.empty_like(args[0], dtype=args[1])
         return func(*args, **kwargs)
 
 
-def build_row(*fields: object) -> KernelResources:
-    """A row of its first fields, usage and widths."""
-    *label, usage, widths = fields
-    return KernelResources(*label, **asdict(usage), **asdict(widths))
+def build_row(label: tuple, usage: Usage, widths: Widths) -> KernelResources:
+    """A row without grids."""
+    *_, capability, num_warps, _ = label
+    processor = PROCESSORS[capability]
+    held = find_occupancy(processor, num_warps, usage.registers, usage.shared_bytes)
+    share = round(held.share(processor), 3)
+    taken = asdict(usage) | asdict(widths)
+    return KernelResources(*label, **taken, blocks=held.blocks, occupancy=share, limit=held.limit)
 
 
 def print_table(rows: Sequence[KernelResources]) -> None:
-    """A line for each kernel of an op and chip: ranges over its configurations, widths of the first."""
+    """A line for each kernel of an op and chip: ranges over what is timed, if any is, widths of the first."""
     table = Table(*COLUMNS)
     groups: dict[tuple[str, str, int], list[KernelResources]] = {}
     for row in rows:
         groups.setdefault((row.op, row.kernel, row.capability), []).append(row)
-    for (op, kernel, capability), group in groups.items():
-        names = ("num_warps", "registers", "stack_bytes", "shared_bytes")
+    for (op, kernel, capability), all_rows in groups.items():
+        group = [row for row in all_rows if row.is_timed] or all_rows
+        names = ("num_warps", "registers", "shared_bytes", "blocks")
         ranges = (format_range(getattr(row, name) for row in group) for name in names)
         widths = (format_widths(group[0].loads), format_widths(group[0].stores))
-        table.add_row(op, kernel, f"sm_{capability}", str(len(group)), *ranges, *widths)
+        held = format_range(round(100 * row.occupancy) for row in group) + "%"
+        waves = format_range(grid.waves for row in group for grid in row.grids.values())
+        table.add_row(op, kernel, f"sm_{capability}", str(len(all_rows)), *ranges, held, waves, *widths)
     Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
-def format_range(numbers: Iterable[int]) -> str:
-    """`32-56`, or the one number."""
-    ordered = sorted(set(numbers))
+def format_range(numbers: Iterable[float]) -> str:
+    """`32-56`, or the one number, or nothing."""
+    ordered = sorted(set(numbers)) or [""]
     return str(ordered[0]) if len(ordered) == 1 else f"{ordered[0]}-{ordered[-1]}"
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.machine_code import Usage, Widths, count_ptx, read_usage, read_widths
+from bench.machine_code import Usage, Widths, count_ptx, read_usage, read_warps, read_widths
 from csrc.nvcc import NOT_FOUND, NVCC_FLAGS, find_nvcc
 from realign_kernels.launch import Launch
 
@@ -77,8 +77,11 @@ def compile_triton(chosen: Specialised, capability: int) -> tuple[Usage, Widths]
     return Usage(usage.registers, usage.stack_bytes, compiled.metadata.shared), count_ptx(compiled.asm["ptx"])
 
 
-def compile_cuda(source: Path, capability: int) -> dict[tuple[str, str], tuple[Usage, Widths]]:
-    """Compile a CUDA file; what each of its kernels takes, by name and template arguments.
+MAX_WARPS = 32  # of a block
+
+
+def compile_cuda(source: Path, capability: int) -> dict[tuple[str, str], tuple[int, Usage, Widths]]:
+    """Compile a CUDA file; warps of a block and what they take, by name and template arguments.
 
     Raises: FileNotFoundError without nvcc.
     """
@@ -89,8 +92,11 @@ def compile_cuda(source: Path, capability: int) -> dict[tuple[str, str], tuple[U
         cubin = Path(folder, "kernels.cubin")
         command = [nvcc, *NVCC_FLAGS, "-cubin", f"-arch=sm_{capability}", "-o", cubin, source]
         subprocess.run(command, check=True)
-        usage, widths = read_usage(cubin), read_widths(cubin)
-    return {name: (usage[code], widths[code]) for code, name in _demangle(list(usage)).items()}
+        usage, widths, warps = read_usage(cubin), read_widths(cubin), read_warps(cubin)
+    return {
+        name: (warps.get(code, MAX_WARPS), usage[code], widths[code])
+        for code, name in _demangle(list(usage)).items()
+    }
 
 
 def _demangle(codes: list[str]) -> dict[str, tuple[str, str]]:

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 _USAGE = re.compile(r"Function ([^\n]+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_SECTION = re.compile(r"^\.nv\.info\.(\S+)", re.MULTILINE)
+_MAX_THREADS = re.compile(r"EIATTR_MAX_THREADS\s+Format:\s+EIFMT_SVAL\s+Value:\s+0x([0-9a-f]+)")
 _SASS_FUNCTION = re.compile(r"Function : (\S+)")
 _SASS_ACCESS = re.compile(r"\b(LDG|LDGSTS|STG)((?:\.\w+)*)")
 _PTX_ACCESS = re.compile(r"\b(ld|st)\.global((?:[.:]{1,2}\w+)*)")
@@ -62,6 +64,13 @@ def read_widths(cubin: Path) -> dict[str, Widths]:
     """Widths of the accesses of each kernel of a cubin, from its machine code."""
     parts = _SASS_FUNCTION.split(_run("-sass", cubin))
     return {name: _count_sass(text) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def read_warps(cubin: Path) -> dict[str, int]:
+    """Warps of a block of each kernel of a cubin, if its launch bounds say so."""
+    parts = _SECTION.split(_run("--dump-elf", cubin))
+    found = {name: _MAX_THREADS.search(text) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    return {name: int(match[1], 16) // 32 for name, match in found.items() if match}
 
 
 def _run(option: str, cubin: Path) -> str:

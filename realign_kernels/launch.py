@@ -24,12 +24,14 @@ class Launch:
 
     Attributes:
         kernel: the `triton.jit` function.
+        grid: numbers of programs.
         arguments: its run-time arguments in order; None where a pointer is not given.
         constants: its `tl.constexpr` arguments by name.
         num_warps, num_stages: the compiler's options.
     """
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     num_warps: int
@@ -61,7 +63,7 @@ def launch(
 ) -> None:
     """Run `kernel` on every program of `grid`; an empty grid is no launch. Device errors surface later."""
     if _recorder is not None:
-        _recorder(Launch(kernel, arguments, constants, num_warps, num_stages))
+        _recorder(Launch(kernel, tuple(grid), arguments, constants, num_warps, num_stages))
         return
     if 0 in grid:
         return

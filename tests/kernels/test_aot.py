@@ -82,6 +82,20 @@ def test_aligned_tensors_of_tokens_are_loaded_16_bytes_at_a_time(rows):
     assert [row for row in read if "16" not in row["loads"]] == []
 
 
+@pytest.mark.slow
+def test_every_timed_kernel_fits_and_has_grids(rows):
+    timed = [row for row in rows if row["language"] == "triton" and row["is_timed"]]
+    assert [row for row in timed if row["blocks"] < 1 or not row["grids"]] == []
+    swiglu = next(row for row in timed if row["op"] == "swiglu" and row["capability"] == 90)
+    assert swiglu["grids"]["L16384 E18944 bfloat16"]["programs"] == 16384 * 18944 // 2048
+
+
+@pytest.mark.slow
+def test_blocks_of_cuda_kernels_are_those_of_their_bounds(rows):
+    cuda = [row for row in rows if row["language"] == "cuda" and row["capability"] == 90]
+    assert {(row["num_warps"], row["blocks"]) for row in cuda} <= {(8, 2)}
+
+
 def test_arguments_are_specialised_as_at_a_launch(cases):
     told = {name: case["configuration"] for name, case in cases.items()}
     assert told["aligned"] == "p_x:*fp32 p_bias=None p_out:*fp32 factor:fp32 size:i32 stride=1 BL=1024"

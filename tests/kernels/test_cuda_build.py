@@ -46,16 +46,16 @@ def test_there_is_no_torch_in_cuda_files():
 def test_every_cuda_file_compiles_without_spills(compiled):
     _, kernels = compiled
     assert {name for name, _ in kernels} == {"guided_flow_step_kernel"}
-    assert [name for name, (usage, _) in kernels.items() if usage.stack_bytes] == []
+    assert [name for name, (_, usage, _) in kernels.items() if usage.stack_bytes] == []
 
 
 @needs_nvcc
 def test_aligned_kernels_load_and_store_16_bytes_at_a_time(compiled):
     chip, kernels = compiled
     if chip < 90:  # there are no clusters: the kernels are empty, and the launcher refuses
-        assert all(not widths.loads for _, widths in kernels.values())
+        assert all(not widths.loads for *_, widths in kernels.values())
         return
-    aligned = [widths for (_, arguments), (_, widths) in kernels.items() if arguments.endswith("true")]
+    aligned = [widths for (_, arguments), (*_, widths) in kernels.items() if arguments.endswith("true")]
     assert len(aligned) == 3
     # What is narrower reads or writes numbers of samples.
     assert all(set(widths.loads) == {4, 8, 16} and widths.loads[16] >= 24 for widths in aligned)
