@@ -40,6 +40,8 @@ from realign_kernels import launch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = FOLDER / "aot.jsonl"
+LARGE = 1 << 20  # numbers of a tensor
+FLOATS = [(dtype,) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 COLUMNS = (
     "op",
     "kernel",
@@ -178,7 +180,7 @@ def record_launches(name: str) -> Iterator[tuple[str | None, launch.Launch]]:
 
 
 class NoNumbers(TorchFunctionMode):
-    """Memory that nobody touches in place of random floats, and of these in another dtype.
+    """Memory that nobody touches in place of random floats, and of many numbers put into another dtype.
 
     At BAGEL's sizes most of the time would go into them, and no launch depends on their values.
     """
@@ -188,7 +190,7 @@ class NoNumbers(TorchFunctionMode):
         if func in (torch.randn, torch.rand):
             kwargs.pop("generator", None)
             return torch.empty(*args, **kwargs)
-        if func is torch.Tensor.to and args[0].is_floating_point() and isinstance(args[1], torch.dtype):
+        if func is torch.Tensor.to and args[0].numel() > LARGE and args[1:] in FLOATS:
             return torch.empty_like(args[0], dtype=args[1])
         return func(*args, **kwargs)
 

@@ -73,7 +73,7 @@ def mean_squares(p_sums, p_cu_seqlens, o_n, m_n, C: tl.constexpr, BT: tl.constex
     return tl.div_rn(tl.sum(total, axis=1), count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries"])
 def velocity_kl_kernel(
     p_velocity, p_reference, p_cu_seqlens, p_kl_weight, p_weight, p_sums, p_grad, num_entries, grad_scale,
     C: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, BB: tl.constexpr,

@@ -77,7 +77,7 @@ def load_mode(p_renorm, i_b, RENORM: tl.constexpr):
         return tl.full((), RENORM, tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples", "num_programs"])
 def sum_squares_kernel(
     p_cond,
     p_text,
@@ -115,7 +115,7 @@ def sum_squares_kernel(
         tl.store(p_squares + num_programs + i_tile, tl.sum(guided * guided))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples", "num_programs"])
 def guided_flow_step_kernel(
     p_cond,
     p_text,

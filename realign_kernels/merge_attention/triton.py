@@ -42,10 +42,13 @@ def merge_attention_kernel(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    i_r = tl.program_id(0).to(tl.int64) * BR
+    o_r = i_r + tl.arange(0, BR)
     m_r = o_r < num_rows
-    o_l = o_r // H
-    o_h = o_r % H
+    # Divided in 64 bits once: the rows of a tile are few.
+    o_from = (i_r % H).to(tl.int32) + tl.arange(0, BR)
+    o_l = i_r // H + o_from // H
+    o_h = o_from % H
     mask = m_r[:, None] & (tl.arange(0, BD) < D)[None, :]
     lse_a = tl.load(p_lse_a + o_l * stride_lse_a + o_h * stride_lse_a_head, mask=m_r, other=0.0)
     lse_b = tl.load(p_lse_b + o_l * stride_lse_b + o_h * stride_lse_b_head, mask=m_r, other=0.0)

@@ -71,7 +71,7 @@ def normal_tile(key, step, token, C: tl.constexpr, BC: tl.constexpr, BT: tl.cons
         return tl.where(lane < 2, tl.where(lane == 0, n0, n1), tl.where(lane == 2, n2, n3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples"])
 def philox_normal_kernel(
     p_key,
     p_step,

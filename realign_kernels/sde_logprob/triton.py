@@ -23,7 +23,7 @@ from realign_kernels.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples", "num_programs"])
 def sde_logprob_kernel(
     p_sample,
     p_velocity,
@@ -70,7 +70,7 @@ def sde_logprob_kernel(
                 tl.store(p_bias + i_b, tl.load(p_bias_weight + i_b) * reduced)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples"])
 def sde_logprob_backward_kernel(
     p_sample,
     p_velocity,

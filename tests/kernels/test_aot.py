@@ -105,6 +105,10 @@ def test_arguments_are_specialised_as_at_a_launch(cases):
     assert "size:i64 stride:i32!" in told["strided"]
 
 
+def test_batches_of_one_block_share_a_kernel(cases):
+    assert cases["batches"] == {"sum_squares_kernel": 1, "guided_flow_step_kernel": 1}
+
+
 def test_widths_are_those_of_the_machine_code(cases):
     assert cases["aligned"]["loads"] == cases["aligned"]["stores"] == {"16": 2}
     assert cases["ampere"]["loads"] == {"16": 2}
