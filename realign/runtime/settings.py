@@ -9,7 +9,7 @@ from realign.model.config import RENORMS
 
 ATTENTION_BACKENDS = ("varlen", "flash-attn", "xformers", "sdpa", "reference")
 SDE_RULES = ("flow-grpo", "dance-grpo", "cps")
-MAX_ORDER = 8  # of a forecast; none above 2 has been seen to gain anything
+MAX_ORDER = 8  # of a forecast; on mini order 6 gains a decibel over order 1
 
 
 @dataclass(frozen=True)
