@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from realign.cli.compare import build_requests, check_out
-from realign.cli.console import UsageError, print_error, print_note
+from realign.cli.compare import build_requests, check_out, shortage_is_said
+from realign.cli.console import RunError, UsageError, print_error, print_note
 from realign.cli.generate import DEFAULT_BATCH_SIZE, check_inputs, load_engine
 from realign.cli.options import PROMPT_FORMATS, RunOptions, add_run_arguments
 from realign.data.readers import PromptError
@@ -34,7 +33,7 @@ def main(args: argparse.Namespace) -> int:
     except (UsageError, PromptError) as error:
         print_error(error)
         return 2
-    except OSError as error:
+    except (RunError, OSError) as error:
         print_error(error)
         return 1
     print(f"scales of the generation expert in {args.out}; `realign compare --fp8` measures what they cost")
@@ -53,8 +52,8 @@ def run(options: RunOptions) -> None:
 
     print_note(f"{len(requests)} pictures to draw; {device}, {dtype}")
     size = options.batch_size or DEFAULT_BATCH_SIZE
-    with recording_inputs(engine.model) as find_scales:
+    with shortage_is_said(), recording_inputs(engine.model) as find_scales:
         for start in range(0, len(requests), size):
             engine.run(requests[start : start + size])
         layers = find_scales()
-    Fp8Scales(model.fingerprint(), layers).save(Path(options.out))
+    Fp8Scales(model.fingerprint(), layers).save(options.out)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from realign.cli.console import UsageError, print_error, print_note
+from realign.cli.console import RunError, UsageError, print_error, print_note
 from realign.cli.generate import DEFAULT_BATCH_SIZE, check_inputs, load_engine, warn_untrained
 from realign.cli.job import build_request, build_tasks
 from realign.cli.options import PROMPT_FORMATS, RunOptions, add_run_arguments
@@ -49,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
     except (UsageError, PromptError) as error:
         print_error(error)
         return 2
-    except OSError as error:
+    except (RunError, OSError) as error:
         print_error(error)
         return 1
     print(format_summary(result))
@@ -74,7 +76,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     print_note(f"{len(requests)} pictures, each drawn three times; {device}, {dtype}")
     size = options.batch_size or DEFAULT_BATCH_SIZE
-    result = compare(plain, fast, requests, size, scorer, print_note)
+    with shortage_is_said():
+        result = compare(plain, fast, requests, size, scorer, print_note)
     about = {
         "model": {"name": model.name, "fingerprint": model.fingerprint()},
         "prompts": {"file": str(options.prompts), "sha256": prompts.sha256},
@@ -85,6 +88,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     options.out.write_text(json.dumps(about | result, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+@contextmanager
+def shortage_is_said() -> Iterator[None]:
+    """Raises RunError where memory does not hold even one picture."""
+    from realign.runtime.budget import MemoryShortage
+
+    try:
+        yield
+    except MemoryShortage as error:
+        raise RunError(error) from error
 
 
 def check_arguments(args: argparse.Namespace, options: RunOptions) -> None:

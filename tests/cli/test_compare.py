@@ -8,6 +8,8 @@ import re
 import pytest
 import torch
 
+from realign.runtime.budget import MemoryShortage
+from realign.runtime.engine import Engine
 from tests.cli.support import Outcome, Workplace
 
 FAST = ("--cache-interval", 3, "--cache-first", 2)
@@ -56,6 +58,17 @@ def test_clip_scores_both(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> 
         [0.0, 0.0],
         [pytest.approx(1), pytest.approx(1)],
     ]
+
+
+def test_too_little_memory_is_one_line(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(self, requests):
+        raise MemoryShortage("a request alone does not fit")
+
+    monkeypatch.setattr(Engine, "run", run)
+    outcome = compare(place, *FAST)
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1] == "realign: error: a request alone does not fit"
+    assert not (place.folder / "found.json").exists()
 
 
 @pytest.mark.parametrize("option", ["--min-psnr", "--min-worst-psnr"])
