@@ -86,15 +86,17 @@ class TextDecoder:
         return Segment(key_NLKD, value_NLKD)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these."""
+        """Forget all rows but these, which stay in their order; the slots of the others are left empty."""
+        assert list(rows) == sorted(rows)
         index = torch.tensor(rows, dtype=torch.int64, device=self.model.device)
         self.contexts = [self.contexts[row] for row in rows]
         self.lengths = [self.lengths[row] for row in rows]
-        used = max(self.lengths)
-        old = (self.key_NRSKD, self.value_NRSKD)
-        self.key_NRSKD, self.value_NRSKD = self._make_slots(old[0].shape[2])
-        for new, before in zip((self.key_NRSKD, self.value_NRSKD), old, strict=True):
-            new[:, :, :used] = before[:, :, :used].index_select(1, index)
+        for slots_NRSKD in (self.key_NRSKD, self.value_NRSKD):
+            for new, old in enumerate(rows):
+                if new != old:  # never over one that is still to be moved
+                    used = self.lengths[new]
+                    slots_NRSKD[:, new, :used] = slots_NRSKD[:, old, :used]
+        self.key_NRSKD, self.value_NRSKD = (t[:, : len(rows)] for t in (self.key_NRSKD, self.value_NRSKD))
         self.length_R, self.position_R = self.length_R[index], self.position_R[index]
         self._lay_out()
 

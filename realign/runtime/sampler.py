@@ -165,11 +165,27 @@ def build_noise(model: Bagel, jobs: Sequence[DenoiseJob]) -> list[Tensor]:
     """The initial latents of each job, float32 on the model's device."""
     channels = model.config.latent_dim
     lengths = [num_latent_tokens(model, job.height, job.width) for job in jobs]
+    for job, length in zip(jobs, lengths, strict=True):
+        _check_given(job, (length, channels))
     drawn = normals([job.key for job in jobs], lengths, channels, model.device)
     return [
         noise_LC if job.noise_LC is None else job.noise_LC.to(model.device, torch.float32)
         for job, noise_LC in zip(jobs, drawn, strict=True)
     ]
+
+
+def _check_given(job: DenoiseJob, shape: tuple[int, int]) -> None:
+    """Raises: ValueError if given latents are not of the picture's tokens, or not one for each step."""
+    given = {"noise_LC": (job.noise_LC,), "replayed": job.replayed}
+    for name, latents in given.items():
+        wrong = next((one for one in latents if one is not None and tuple(one.shape) != shape), None)
+        if wrong is not None:
+            what = f"{name} has shape {list(wrong.shape)}: must be {list(shape)}"
+            raise ValueError(f"{what}, a picture of {job.width}x{job.height}")
+    if job.replayed and len(job.replayed) < job.schedule.num_steps:
+        raise ValueError(
+            f"replayed has {len(job.replayed)} latents: must be {job.schedule.num_steps}, one a step"
+        )
 
 
 def num_latent_tokens(model: Bagel, height: int, width: int) -> int:

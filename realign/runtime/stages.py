@@ -187,7 +187,7 @@ class DrawStage(Stage):
         def keep(step: int, current: list[Tensor | None]) -> None:
             for own, latent_LC in zip(steps, current, strict=True):
                 if latent_LC is not None:
-                    own.append(latent_LC.cpu())
+                    own.append(latent_LC.to("cpu", copy=True))
 
         on_step = keep if self.keep_steps else None
         on_noisy_step = (lambda job, step: noisy[job].append(step)) if self.record else None
@@ -217,7 +217,7 @@ class DecodeStage(Stage):
         jobs, latents = [one.job for one in denoised], [one.latent_LC for one in denoised]
         images = decode_pictures(self.model, jobs, latents)
         return [
-            Drawn(image, one.job.key, one.latent_LC.cpu(), one.steps, one.recording)
+            Drawn(image, one.job.key, one.latent_LC.to("cpu", copy=True), one.steps, one.recording)
             for image, one in zip(images, denoised, strict=True)
         ]
 

@@ -25,6 +25,7 @@ from realign.runtime.settings import TextSettings
 # Steps between two looks at what was written: a look waits for the device. What a row writes after its end,
 # until then, is forgotten.
 STEPS_AT_ONCE = {"cpu": 1, "cuda": 8}
+STEPS_BEFORE = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +126,8 @@ class _Writer:
         self.decoder = TextDecoder(model, contexts, room, backend)
         self.token_R = torch.full((len(contexts),), model.tokenizer.bos, device=model.device)
         most = max(row.settings.max_tokens for row in rows)
-        self.choices = _Choices(self.writing, most + self.num_steps, model.device)
-        self.step = CapturedStep(self._step, model.device)
+        self.choices = _Choices(rows, len(self.writing), most + self.num_steps, model.device)
+        self.step = self._build_step()
 
     def run(self) -> None:
         """Fills the rows."""
@@ -153,6 +154,10 @@ class _Writer:
             written.append(self.step().clone())
         return torch.stack(written).tolist()
 
+    def _build_step(self) -> CapturedStep[Tensor]:
+        """Not recorded at once where rows wait whose runs may be others: recording takes some steps' time."""
+        return CapturedStep(self._step, self.model.device, num_before=STEPS_BEFORE if self.waiting else 1)
+
     def _step(self) -> Tensor:
         """One token of every row, on the device."""
         logits_RV = self.decoder.score(self.token_R)
@@ -168,7 +173,7 @@ class _Writer:
         if fresh:
             self.choices.put(fresh, [self.writing[index] for index in fresh])
             if self.decoder.replace(fresh, [self.writing[index].context for index in fresh]):
-                self.step = CapturedStep(self._step, self.model.device)
+                self.step = self._build_step()
         return left
 
     def _drop(self, ended: Sequence[int]) -> None:
@@ -178,19 +183,25 @@ class _Writer:
             self.decoder.keep(keep)
             self.choices.keep(keep)
             self.token_R = self.token_R[keep]
-            self.step = CapturedStep(self._step, self.model.device)
+            self.step = self._build_step()
 
 
 class _Choices:
-    """How each row chooses its tokens: its settings, and its uniform numbers."""
+    """How the rows at each place choose their tokens: their settings, and their uniform numbers.
 
-    def __init__(self, rows: Sequence[_Row], num_tokens: int, device: torch.device) -> None:
+    Args:
+        rows: all that will ever have a place, the first of them those that begin: what a step consists of
+            follows from all, and does not change when rows do.
+    """
+
+    def __init__(self, rows: Sequence[_Row], num_places: int, num_tokens: int, device: torch.device) -> None:
         self.num_tokens = num_tokens
-        self.is_greedy, self.has_top_p = True, False
-        self.temperature_R, self.top_p_R = (torch.ones(len(rows), device=device) for _ in range(2))
-        self.uniform_RT = torch.zeros(len(rows), num_tokens, device=device)
-        self.step_R = torch.zeros(len(rows), dtype=torch.int64, device=device)
-        self.put(range(len(rows)), rows)
+        self.is_greedy = all(row.settings.temperature == 0 for row in rows)
+        self.has_top_p = any(row.settings.top_p < 1 for row in rows)
+        self.temperature_R, self.top_p_R = (torch.ones(num_places, device=device) for _ in range(2))
+        self.uniform_RT = torch.zeros(num_places, num_tokens, device=device)
+        self.step_R = torch.zeros(num_places, dtype=torch.int64, device=device)
+        self.put(range(num_places), rows[:num_places])
 
     def put(self, places: Sequence[int], rows: Sequence[_Row]) -> None:
         """Let rows begin at these places."""
@@ -199,9 +210,7 @@ class _Choices:
         self.step_R[index] = 0
         for numbers_R, name in ((self.temperature_R, "temperature"), (self.top_p_R, "top_p")):
             numbers_R[index] = torch.tensor([getattr(own, name) for own in settings]).to(numbers_R)
-        self.has_top_p |= any(own.top_p < 1 for own in settings)
-        if any(own.temperature > 0 for own in settings):
-            self.is_greedy = False
+        if not self.is_greedy:
             uniform_RT = token_uniforms([row.key for row in rows], self.num_tokens)
             self.uniform_RT[index] = uniform_RT.to(index.device)
 

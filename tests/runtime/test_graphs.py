@@ -83,7 +83,8 @@ def recorded_graphs(monkeypatch):
     graphs = []
 
     @contextlib.contextmanager
-    def record(graph):
+    def record(graph, capture_error_mode):
+        assert capture_error_mode == "thread_local"
         graphs.append(graph)
         with Recorder(graph) as recorder:
             yield
@@ -91,8 +92,10 @@ def recorded_graphs(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr("realign.runtime.graphs.CAPTURED_DEVICES", ("cpu",))
-    monkeypatch.setattr("realign.runtime.text.STEPS_AT_ONCE", {"cpu": 8})
+    monkeypatch.setattr("realign.runtime.text.STEPS_AT_ONCE", {"cpu": 4})
+    monkeypatch.setattr("realign.runtime.text.STEPS_BEFORE", 2)
     return graphs
 
 
@@ -127,11 +130,12 @@ def test_samples_are_the_same(model, mixed_requests, recorded_graphs, monkeypatc
         assert torch.equal(ours.trajectory.latent_LC, theirs.trajectory.latent_LC)
 
 
-@pytest.mark.parametrize("max_tokens", [None, 400])
+@pytest.mark.parametrize("max_tokens", [None, 400, 1])
 def test_texts_are_the_same_where_places_are_refilled(model, recorded_graphs, monkeypatch, max_tokens):
     (context,) = extend(model, [Context()], [build_text_block(model, "a red mug")])
     starts = [context, Context()] * 4
-    settings = [TextSettings(5 + 7 * (n % 3), temperature=n % 2, top_p=0.9) for n in range(8)]
+    # The first are greedy, all that take their places are not.
+    settings = [TextSettings(5 + 7 * (n % 3), temperature=n > 3, top_p=1 - (n > 5) / 10) for n in range(8)]
     keys = [NoiseKey(n, f"{n}", stream="text") for n in range(8)]
     captured = decode_text(model, starts, settings, keys, max_tokens)
     monkeypatch.setattr("realign.runtime.graphs.CAPTURED_DEVICES", ())

@@ -19,7 +19,7 @@ from realign.runtime.context import (
 )
 from realign.runtime.guidance import Branch
 from realign.runtime.noise import NoiseKey, normal
-from realign.runtime.sampler import DenoiseJob, denoise
+from realign.runtime.sampler import DenoiseJob, build_noise, denoise
 from realign.runtime.schedule import Schedule
 from realign.runtime.settings import CachingSettings, GuidanceSettings
 
@@ -237,3 +237,15 @@ def test_no_jobs_is_no_work(model):
 def test_an_unknown_branch_is_refused():
     with pytest.raises(ValueError, match="branch kind is 'video'"):
         Branch(Context(), 2.0, "video")
+
+
+def test_given_latents_must_fit_the_picture(model, jobs):
+    job = jobs[0]
+    length, channels = build_noise(model, [job])[0].shape
+    short, whole = torch.zeros(length - 1, channels), torch.zeros(length, channels)
+    with pytest.raises(
+        ValueError, match=rf"noise_LC has shape .*: must be \[{length}, {channels}\], a picture"
+    ):
+        denoise(model, [replace(job, noise_LC=short), jobs[1]])
+    with pytest.raises(ValueError, match="replayed has 1 latents: must be"):
+        denoise(model, [replace(job, replayed=(whole,))])

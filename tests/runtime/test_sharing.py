@@ -91,3 +91,10 @@ def test_texts_that_wait_for_a_place_are_the_same(model, mixed_requests, run_tok
             assert (ours.turn, ours.rest) == (theirs.turn, theirs.rest)
             assert torch.equal(ours.context.key(0), theirs.context.key(0))
             assert torch.equal(ours.context.value(-1), theirs.context.value(-1))
+
+
+def test_what_is_kept_of_a_sample_holds_nothing_of_its_neighbours(model, mixed_requests):
+    engine = Engine(model, PROGRAMS, prepare=crop_picture, keep_steps=True)
+    for sample in engine.run(mixed_requests):
+        for latent_LC in (sample.trajectory.latent_LC, *sample.trajectory.steps):
+            assert latent_LC.untyped_storage().nbytes() == latent_LC.nbytes

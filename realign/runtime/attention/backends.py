@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -197,6 +198,9 @@ class FlashAttention(GpuBackend):
     ) -> OutAndLse:
         name = "flash_attn_interface" if _has_module("flash_attn_interface") else "flash_attn"
         attend = importlib.import_module(name).flash_attn_varlen_func
+        # Early releases of the third give the log-sum-exp unasked.
+        is_asked = "return_attn_probs" in inspect.signature(attend).parameters
+        asked = {"return_attn_probs": True} if is_asked else {}
         out, lse, *_ = attend(
             query_LHD,
             key_SKD,
@@ -206,7 +210,7 @@ class FlashAttention(GpuBackend):
             max_seqlen_q=spans.max_q,
             max_seqlen_k=spans.max_k,
             causal=is_causal,
-            return_attn_probs=True,
+            **asked,
         )
         return out, lse.transpose(0, 1)
 
@@ -220,16 +224,23 @@ class Xformers(GpuBackend):
         self, query_LHD: Tensor, key_SKD: Tensor, value_SKD: Tensor, spans: Spans, is_causal: bool = False
     ) -> OutAndLse:
         fmha = importlib.import_module(self.module)
-        kinds = fmha.attn_bias
-        kind = kinds.BlockDiagonalCausalFromBottomRightMask if is_causal else kinds.BlockDiagonalMask
-        q_lengths = (spans.max_q,) if spans.is_shared else spans.q_lengths
-        bias = kind.from_seqlens(list(q_lengths), list(spans.k_lengths), device=query_LHD.device)
+        bias = spans.remember((self.name, is_causal), lambda: self._build_bias(fmha, spans, is_causal))
         kv_heads = key_SKD.shape[1]
         query = query_LHD.unflatten(1, (kv_heads, -1))[None]
         groups = query.shape[3]
         key, value = (t[None, :, :, None].expand(-1, -1, -1, groups, -1) for t in (key_SKD, value_SKD))
-        out, lse = fmha.memory_efficient_attention_partial(query, key, value, attn_bias=bias)
+        out, lse = fmha.memory_efficient_attention_partial(
+            query, key, value, attn_bias=bias, output_dtype=query.dtype
+        )
         return out[0].flatten(1, 2), lse[0].flatten(0, 1).transpose(0, 1)
+
+    @staticmethod
+    def _build_bias(fmha: ModuleType, spans: Spans, is_causal: bool) -> Any:
+        """It is made on the host: once for all layers and steps."""
+        kinds = fmha.attn_bias
+        kind = kinds.BlockDiagonalCausalFromBottomRightMask if is_causal else kinds.BlockDiagonalMask
+        q_lengths = (spans.max_q,) if spans.is_shared else spans.q_lengths
+        return kind.from_seqlens(list(q_lengths), list(spans.k_lengths), device=spans.device)
 
 
 def attend_by_heads(

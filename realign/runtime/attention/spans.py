@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Derived = TypeVar("Derived")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +47,17 @@ class Spans:
 
     def repeat_queries(self, count: int) -> Spans:
         """The spans where every query is there so many times, one after the other."""
-        if count not in self._repeated:
-            lengths = tuple(count * length for length in self.q_lengths)
-            self._repeated[count] = Spans(lengths, self.k_lengths, self.device, self.is_shared)
-        return self._repeated[count]
+        lengths = tuple(count * length for length in self.q_lengths)
+        return self.remember(count, lambda: Spans(lengths, self.k_lengths, self.device, self.is_shared))
+
+    def remember(self, name: Hashable, build: Callable[[], Derived]) -> Derived:
+        """What follows from the spans, built when it is asked for first."""
+        if name not in self._derived:
+            self._derived[name] = build()
+        return self._derived[name]
 
     @cached_property
-    def _repeated(self) -> dict[int, Spans]:
+    def _derived(self) -> dict[Hashable, Any]:
         return {}
 
     def _offsets(self, lengths: Sequence[int]) -> Tensor:
