@@ -17,7 +17,7 @@ from realign.runtime.engine import Engine
 from realign.runtime.guidance import Branch
 from realign.runtime.kv import Context
 from realign.runtime.prepare import crop_picture
-from realign.runtime.reader import Reader, Reading
+from realign.runtime.reader import RUN_TOKENS, Reader, Reading
 from realign.runtime.request import Prompt, Request, TextPart
 from realign.runtime.settings import SDE_RULES, GuidanceSettings, NoiseSettings, Settings, TextSettings
 from realign.runtime.stream import StreamOptions
@@ -30,7 +30,7 @@ LEVELS = {"flow-grpo": 1.3, "dance-grpo": 0.5, "cps": 0.8}
 GUIDED, FREE = GuidanceSettings(3.0, 1.5, (0.0, 1.0)), GuidanceSettings(1.0)
 
 
-def build_engine(dtype: torch.dtype = torch.float32, run_tokens: int | None = None) -> Engine:
+def build_engine(dtype: torch.dtype = torch.float32, run_tokens: int = RUN_TOKENS) -> Engine:
     model = Bagel.from_pretrained(CHECKPOINT, dtype=dtype)
     return Engine(model, PROGRAMS, prepare=crop_picture, record=True, run_tokens=run_tokens)
 
@@ -58,10 +58,10 @@ CASES = [
     pytest.param(rule, guidance, references, reasoning, run_tokens, id="-".join(map(str, what)))
     for rule in SDE_RULES
     for *what, guidance, references, reasoning, run_tokens in (
-        (rule, "plain", FREE, 0, "none", None),
-        (rule, "guided", GUIDED, 0, "none", None),
+        (rule, "plain", FREE, 0, "none", RUN_TOKENS),
+        (rule, "guided", GUIDED, 0, "none", RUN_TOKENS),
         (rule, "references", FREE, 2, "none", 16),
-        (rule, "all", GUIDED, 2, "ic-cot", None),
+        (rule, "all", GUIDED, 2, "ic-cot", RUN_TOKENS),
         (rule, "all", "runs", GUIDED, 1, "think", 16),
     )
 ]
@@ -69,7 +69,7 @@ CASES = [
 
 @pytest.mark.parametrize(("rule", "guidance", "references", "reasoning", "run_tokens"), CASES)
 def test_the_ratio_is_one_before_the_first_update(
-    rule: str, guidance: GuidanceSettings, references: int, reasoning: str, run_tokens: int | None
+    rule: str, guidance: GuidanceSettings, references: int, reasoning: str, run_tokens: int
 ) -> None:
     """Bit for bit in the rollout's packing; in another the difference is bounded."""
     engine = build_engine(run_tokens=run_tokens)
