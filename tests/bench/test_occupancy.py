@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import pytest
 
-from bench.aot import KernelResources, build_row, print_table
+from bench.aot import RESULTS, KernelResources, build_row, print_table
 from bench.machine_code import Usage, Widths
 from bench.occupancy import PROCESSORS, Grid, Processor, describe_grid, find_occupancy
 
@@ -73,3 +76,17 @@ def test_the_table_is_about_what_is_timed(capsys):
     assert "50%" in printed
     assert "1.5" in printed
     assert "255" not in printed
+
+
+def test_committed_rows_are_of_a_clean_tree_and_agree_with_the_formula():
+    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    assert {row["capability"] for row in rows} == set(PROCESSORS)
+    for row in rows:
+        assert "dirty" not in row["commit"]
+        assert row["stack_bytes"] == 0
+        taken = (row["num_warps"], row["registers"], row["shared_bytes"])
+        held = find_occupancy(PROCESSORS[row["capability"]], *taken)
+        assert (row["blocks"], row["limit"]) == (held.blocks, held.limit)
+        for grid in row["grids"].values():
+            again = describe_grid(PROCESSORS[row["capability"]], held.blocks, grid["programs"])
+            assert grid == asdict(again)
