@@ -43,13 +43,9 @@ from train.state import (
     optimizer_tensors,
     save_state,
 )
-from train.update import UpdateNumbers, Updater
+from train.update import Stopped, UpdateNumbers, Updater
 
 CLIP_SHARE = 0.1  # of the clip range: how far a replay that is not exact may be off
-
-
-class Stopped(RuntimeError):
-    """A guard ended the run; the text is one line that says why."""
 
 
 class Clock:

@@ -5,6 +5,7 @@ N entries, one step of one sample each; L latent tokens, C channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,10 @@ from train.ranks import Ranks
 from train.replay import PACKINGS, Entry, Replayed, Replayer, pack_entries
 
 KL_SPACES = ("velocity", "mean")
+
+
+class Stopped(RuntimeError):
+    """A guard ended the run; the text is one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -177,22 +182,31 @@ class Updater:
         )
 
     def _step(self) -> float:
-        """Gradients of all processes to new weights; the norm of the gradient before it was clipped."""
+        """Gradients of all processes to new weights; the norm of the gradient before it was clipped.
+
+        Without a gradient (all groups degenerate) nothing is changed, by momentum and decay neither.
+        """
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             self.ranks.sum(parameter.grad)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.grad_clip)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.options.grad_clip))
+        if not math.isfinite(norm):
+            raise Stopped(f"the gradient's norm is {norm}: lower the learning rate, or look at the rewards")
+        if norm > 0:
+            self._change_weights()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _change_weights(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.rate(self.num_done)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.num_done += 1
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.parameters, 1 - self.options.average(self.num_done))
         self.replayer.forget()
         self.policy.publish()
-        return float(norm)
 
     def _pack(self, entries: Sequence[Entry]) -> list[list[Entry]]:
         return pack_entries(entries, self.options.packing, self.options.micro_batch)

@@ -111,6 +111,8 @@ class NoiseSettings:
         check_noise(self.rule, self.level)
         if self.window is not None and (len(self.window) != 2 or self.window[0] < 0 or self.window[1] < 1):
             raise ValueError(f"noise window is {self.window}: must be (start, size), such as (0, 3)")
+        if self.window is not None:
+            object.__setattr__(self, "window", tuple(self.window))  # settings are keys of caches
 
     @property
     def is_on(self) -> bool:

@@ -81,6 +81,14 @@ def test_without_noise_nothing_is_kept_and_the_path_is_the_odes(model: Bagel) ->
     assert not torch.equal(noisy.trajectory.latent_LC, ode.trajectory.latent_LC)
 
 
+def test_a_window_may_be_a_list(model: Bagel) -> None:
+    """As a file gives it."""
+    listed = build_request(noise=NoiseSettings("flow-grpo", 1.3, [1, 2]))
+    assert listed.settings == build_request().settings
+    ours, theirs = run(build_engine(model), listed)[0], run(build_engine(model), build_request())[0]
+    assert torch.equal(ours.trajectory.latent_LC, theirs.trajectory.latent_LC)
+
+
 def test_records_do_not_depend_on_the_company(model: Bagel) -> None:
     """Other windows, rules, sizes and none in one call; step caching beside it."""
     requests = [

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,20 @@ def build_recipe(folder: Path, *changes: dict[str, Any]) -> Recipe:
     return Recipe.load(write_recipe(folder / "recipe.toml", *changes))
 
 
-def start(recipe: Path, out: Path, **options: Any) -> subprocess.Popen:
-    """The command, in a process of its own."""
+def start(recipe: Path, out: Path, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen:
+    """The command, in a process of its own, or of a launcher's."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "train.rga", str(recipe), "--out", str(out), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        "train.rga",
+        str(recipe),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+    ]
     return subprocess.Popen(command, env=environment, cwd=ROOT, **options)
 
 

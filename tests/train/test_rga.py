@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import signal
 import subprocess
@@ -22,7 +23,9 @@ from tests.train.rga_runs import (
     start,
     write_recipe,
 )
+from train import state
 from train.ranks import Ranks
+from train.recipe import Recipe
 from train.rga import Aligner, Stopped, main, run
 from train.rollouts import score
 from train.state import load_state
@@ -96,6 +99,51 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, name: str, capsys) -> 
     run(recipe, tmp_path / "torn", Ranks())
     assert "cannot be read" in capsys.readouterr().out
     assert_same_weights(tmp_path / "whole", tmp_path / "torn")
+
+
+@pytest.mark.parametrize("written", ["nothing", "half"])
+def test_a_full_disk_stops_the_run_in_one_line_and_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    path = write_recipe(tmp_path / "recipe.toml", {"iterations": 3})
+    run(Recipe.load(path), tmp_path / "whole", Ranks())
+    save = state.save_file
+
+    def fail(tensors, file) -> None:
+        if "00000002" in str(file):
+            if written == "half":
+                file.write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, file)
+
+    monkeypatch.setattr(state, "save_file", fail)
+    monkeypatch.setattr(sys, "argv", ["rga", str(path), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    with pytest.raises(SystemExit, match="No space left") as caught:
+        main()
+    assert len(str(caught.value.code).splitlines()) == 1
+    assert [p.name for p in (tmp_path / "out" / "checkpoints").glob("step-*")] == ["step-00000001"]
+    monkeypatch.setattr(state, "save_file", save)
+    main()
+    assert_same_weights(tmp_path / "whole", tmp_path / "out")
+    assert not list((tmp_path / "out" / "checkpoints").glob(".tmp*"))
+    assert [row["step"] for row in read_log(tmp_path / "out")] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
+    """Groups span them; up to rounding: sums over entries are taken in another order."""
+    path = write_recipe(tmp_path / "recipe.toml", FULL)
+    run(Recipe.load(path), tmp_path / "one", Ranks())
+    launcher = ("torch.distributed.run", "--nproc-per-node=2", "--master-port=29617", "-m")
+    process = start(path, tmp_path / "two", launcher, stdout=subprocess.DEVNULL)
+    assert process.wait(timeout=600) == 0
+    one, two = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=2e-5, msg=name)
+    for first, second in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+        assert second["first_ratio_error"] == 0
+        for name in ("reward", "spread", "ratio_mean", "grad_norm", "distinct_chains"):
+            assert second[name] == pytest.approx(first[name], rel=1e-3), name
 
 
 def test_a_checkpoint_holds_masters_moments_and_the_average(tmp_path: Path) -> None:

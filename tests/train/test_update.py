@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from realign.rewards.spec import build_reward
 from tests.train.rga_runs import BASE, build_recipe, start, write_recipe
 from train.ranks import Ranks
 from train.recipe import Recipe
 from train.rga import Aligner
-from train.update import UpdateOptions
+from train.update import Stopped, UpdateOptions
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,6 +87,26 @@ def test_advantages_reach_their_own_samples(tmp_path: Path) -> None:
 
 def first_step(entry):
     return entry.sample.trajectory.recording.noisy_steps[0]
+
+
+def test_without_a_gradient_nothing_changes(tmp_path: Path) -> None:
+    """Neither by the moments of updates before, nor by weight decay."""
+    aligner = Aligner(build_recipe(tmp_path, {"update": {"weight_decay": 0.1}}), Ranks())
+    aligner.iterate()
+    before = {name: master.detach().clone() for name, master in aligner.policy.masters.items()}
+    aligner.reward = build_reward("function:tests.train.rewards:constant")
+    row = aligner.iterate()
+    assert (row["grad_norm"], row["degenerate"], row["spread"]) == (0.0, 1.0, 0.0)
+    assert all(torch.equal(before[name], master) for name, master in aligner.policy.masters.items())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    aligner = Aligner(build_recipe(tmp_path), Ranks())
+    before = {name: master.detach().clone() for name, master in aligner.policy.masters.items()}
+    aligner.updater.parameters[0].grad = torch.full_like(aligner.updater.parameters[0], float("nan"))
+    with pytest.raises(Stopped, match="norm is nan"):
+        aligner.iterate()
+    assert all(torch.equal(before[name], master) for name, master in aligner.policy.masters.items())
 
 
 def test_rates() -> None:
