@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from realign.rewards.spec import parse_spec
-from realign_kernels import AdvantageRule
+from realign_kernels import AdvantageRule, group_advantage
 from train.policy import PolicyOptions
 from train.prompts import DataOptions
 from train.rollouts import RolloutOptions, WindowOptions
@@ -35,13 +36,13 @@ class Guards:
     patience: int = 5
 
 
-TABLES = {
+TABLES: dict[str, type] = {
     "data": DataOptions,
     "rollout": RolloutOptions,
     "window": WindowOptions,
     "policy": PolicyOptions,
     "update": UpdateOptions,
-    "advantage": partial(AdvantageRule, clamp=5.0),
+    "advantage": AdvantageRule,
     "guards": Guards,
 }
 
@@ -77,6 +78,9 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: must be at least 1")
         parse_spec(self.reward)
+        group_advantage(
+            torch.zeros(1), torch.zeros(1, dtype=torch.int64), 1, rule=self.advantage
+        )  # checks it
         self.window.count_places(self.rollout.num_steps)
         if self.update.updates > self.rollout.num_samples:
             what = f"update updates is {self.update.updates}"
@@ -87,15 +91,45 @@ class Recipe:
         """Reads a TOML recipe. Raises: ValueError, in one line, for one that cannot be run."""
         try:
             table = tomllib.loads(path.read_text())
-            parts = {name: build(**_settle(table.pop(name, {}))) for name, build in TABLES.items()}
-            return cls(**parts, **table)
-        except (OSError, ValueError, TypeError) as error:
+            table["advantage"] = {"clamp": 5.0, **table.get("advantage", {})}
+            parts = {name: _build(kind, name, table.pop(name, {})) for name, kind in TABLES.items()}
+            return _build(cls, "recipe", {**table, **parts})
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path} is not a recipe: {error}") from None
 
 
-def _settle(table: dict[str, Any]) -> dict[str, Any]:
-    """Lists as the tuples that options have."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
+# By the annotation of a field; those of other kinds are checked where they are used.
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "text"),
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "a whole number"),
+    "int | None": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "float | None": ((int, float), "a number"),
+    "tuple[float, float]": ((list,), "two numbers"),
+    "tuple[str, ...]": ((list,), "a list of texts"),
+}
+
+
+def _build(kind: type, name: str, table: Any) -> Any:
+    """Options of a table of TOML; lists become the tuples that options have."""
+    if not isinstance(table, dict):
+        raise ValueError(f"{name} is {table!r}: must be a table")
+    known = {field.name: field for field in fields(kind)}
+    for key, value in table.items():
+        if key not in known:
+            raise ValueError(f"{name} has {key!r}: the names are {', '.join(known)}")
+        types, what = KINDS.get(known[key].type, ((object,), ""))
+        if not isinstance(value, types) or (isinstance(value, bool) and int in types):
+            raise ValueError(f"{name} {key} is {value!r}: must be {what}")
+    missing = [key for key, field in known.items() if key not in table and _is_required(field)]
+    if missing:
+        raise ValueError(f"{name} has no {missing[0]!r}: give it")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
+
+
+def _is_required(field: Field) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:

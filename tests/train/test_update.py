@@ -130,8 +130,15 @@ def test_shipped_recipes_are_recipes(path: Path) -> None:
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"iterations": 0}, "iterations is 0"),
         ({"reward": "beauty"}, "'beauty' is not known"),
-        ({"speed": 3}, "speed"),
-        ({"update": {"speed": 3}}, "speed"),
+        ({"speed": 3}, "recipe has 'speed'"),
+        ({"update": {"speed": 3}}, "update has 'speed'"),
+        ({"iterations": "many"}, "iterations is 'many': must be a whole number"),
+        ({"rollout": {"group": 2.5}}, "rollout group is 2.5"),
+        ({"rollout": {"shared_chain": 1}}, "shared_chain is 1: must be true or false"),
+        ({"update": {"updates": True}}, "updates is True"),
+        ({"update": {"betas": 0.9}}, "betas is 0.9: must be two numbers"),
+        ({"advantage": {"std": "some"}}, "rule.std is 'some'"),
+        ({"guards": 3}, "guards is 3: must be a table"),
         ({"update": {"packing": "loose"}}, "packing is 'loose'"),
         ({"update": {"kl_space": "outer"}}, "kl_space is 'outer'"),
         ({"update": {"updates": 7}}, "6 samples to share"),
@@ -149,6 +156,13 @@ def test_a_recipe_of_no_use_is_refused(tmp_path: Path, changes: dict, message: s
         Recipe.load(path)
     assert "is not a recipe" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_recipe_without_a_start_is_refused(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "recipe.toml")
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if "start" not in line))
+    with pytest.raises(ValueError, match="recipe has no 'start': give it"):
+        Recipe.load(path)
 
 
 def test_a_recipe_keeps_what_it_says(tmp_path: Path) -> None:
