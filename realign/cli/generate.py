@@ -32,7 +32,7 @@ from realign.cli.console import (
 from realign.cli.fits import check_given_size, check_lengths, check_sizes
 from realign.cli.folder import RunFolder
 from realign.cli.gallery import write_gallery
-from realign.cli.job import Job, build_tasks, cut_batches
+from realign.cli.job import Job, bound_stream, build_tasks, cut_batches
 from realign.cli.layout import Task, build_layout
 from realign.cli.models import ModelFolder
 from realign.cli.options import PROMPT_FORMATS, RunOptions, add_run_arguments
@@ -138,8 +138,6 @@ class PreparedRun:
         return 0
 
     def _make(self, pending: Sequence[Task], num_done: int, engine: Engine) -> None:
-        from realign.runtime.stream import StreamOptions
-
         batch_size = self.options.batch_size
         there = f", {num_done} are there already" if num_done else ""
         several = "" if self.process.is_alone else f", {self.process.world_size} processes"
@@ -149,10 +147,8 @@ class PreparedRun:
         job = Job(self.prompts, self.references, self.options.picture, self.folder)
         share = ceil(len(pending) / self.process.world_size)
         batches = cut_batches(pending, min(batch_size or DEFAULT_BATCH_SIZE, share))
-        # Of several processes none looks so far ahead that others have nothing to do.
-        window = StreamOptions.window if self.process.is_alone else min(StreamOptions.window, ceil(share / 2))
         engine.report = lambda text: print_own_note(self.process.name_in(text))
-        job.run(batches, num_done, engine, StreamOptions(window, batch_size))
+        job.run(batches, num_done, engine, bound_stream(batch_size, share, self.process))
 
     def _complete(self, tasks: Sequence[Task]) -> None:
         """Bring the finished run together, unless another process has."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from realign.cli.console import RunError, build_progress
 from realign.cli.folder import RunFolder
 from realign.cli.layout import Task
 from realign.cli.options import PictureOptions
+from realign.cli.processes import Process
 from realign.cli.share import Share
 from realign.cli.writer import Writer
 from realign.data.images import Picture, load_picture
@@ -56,6 +58,17 @@ def cut_batches(tasks: Sequence[Task], size: int) -> list[list[Task]]:
             if rest:
                 batches.append([])
     return [batch for batch in batches if batch]
+
+
+def bound_stream(batch_size: int | None, share: int, process: Process) -> StreamOptions:
+    """What an engine may take at a time: of several processes none so much that others have nothing to do."""
+    from realign.runtime.stream import StreamOptions
+
+    options = StreamOptions(batch_size=batch_size)
+    if process.is_alone:
+        return options
+    window = min(options.window, ceil(share / 2))
+    return replace(options, window=window, ahead=min(options.ahead, share - window))
 
 
 @dataclass(frozen=True)

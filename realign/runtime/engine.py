@@ -6,9 +6,11 @@ they ask for together, each kind of work in calls as large as memory allows; how
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import lru_cache
 
 from PIL import Image
@@ -48,7 +50,8 @@ class Engine:
     Attributes:
         backend: of attention, the one taken.
         lowered: what a kind of work may take since memory ran out: see `Budget`.
-        report: is told, in one line, when memory ran out and work goes on with less.
+        report: is told, in one line, when memory ran out and work goes on with less: `lowered` stays as it
+            is then for all that this engine makes later, until it is cleared.
 
     Raises: ValueError for an attention backend that is none, or cannot run here.
     """
@@ -81,7 +84,8 @@ class Engine:
         """
         with self.publisher.in_use():
             self._check_all(requests)
-            samples = dict(self._iterate(requests, options))
+            all_there = replace(options, patience=math.inf)  # none of them waits for a sample
+            samples = dict(self._iterate(requests, all_there))
         return [samples[number] for number in range(len(requests))]
 
     def stream(self, requests: Iterable[Request], options: StreamOptions = DEFAULTS) -> Iterator[Sample]:

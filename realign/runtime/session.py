@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,12 +73,16 @@ class Session:
             self.waiting = self.program.send(result)
         except StopIteration as end:
             self.waiting, self.sample = None, end.value
+            return
+        if not isinstance(self.waiting, Operation):
+            what = f"the program of request {self.request.id!r} asks for {self.waiting!r}"
+            raise TypeError(f"{what}: must be a Read, Write or Draw")
 
-    @property
-    def picture_bytes(self) -> dict[int, int]:
-        """Bytes of host memory that its references take, by what takes them."""
-        images = self.request.prompt.pictures
-        held = {id(image): image.width * image.height * len(image.getbands()) for image in images}
-        for met in self.pictures:
-            held[id(met)] = met.prepared.vae_CHW.nbytes + met.prepared.vit_CHW.nbytes
-        return held
+
+def count_picture_bytes(request: Request, pictures: Sequence[MetPicture]) -> dict[int, int]:
+    """Bytes of host memory that a request's references take, as given and as met, by what takes them."""
+    images = request.prompt.pictures
+    held = {id(image): image.width * image.height * len(image.getbands()) for image in images}
+    for met in pictures:
+        held[id(met)] = met.prepared.vae_CHW.nbytes + met.prepared.vit_CHW.nbytes
+    return held

@@ -129,7 +129,7 @@ class WriteStage(Stage):
     def measure(self, session: Session) -> Load:
         size = slot_size(session.waiting.context, session.request.settings.text)
         row = self.costs.forward_token + self.costs.scores_row
-        return Load((size,), {session: size * self.costs.kv_token + row}, 1)
+        return Load((size,), {session.number: size * self.costs.kv_token + row}, 1)
 
     def carry_out(self, sessions: Sequence[Session], room: int) -> list[Written]:
         contexts = [session.waiting.context for session in sessions]
@@ -177,7 +177,7 @@ class DrawStage(Stage):
         noisy = (noise.rule, noise.level, noise.bounds or ()) if noise.is_on else ()
         steps = (settings.num_timesteps, astuple(settings.caching), noisy)
         order = (*steps, *session.size, len(contexts), contexts[0].length)
-        return Load(order, {session: num_bytes}, num_tokens)
+        return Load(order, {session.number: num_bytes}, num_tokens)
 
     def carry_out(self, sessions: Sequence[Session], room: int) -> list[Denoised]:
         jobs = [_build_job(session) for session in sessions]
@@ -210,7 +210,7 @@ class DecodeStage(Stage):
 
     def measure(self, session: Session) -> Load:
         height, width = session.size
-        return Load(session.size, {session: height * width * self.costs.pixel})
+        return Load(session.size, {session.number: height * width * self.costs.pixel})
 
     def carry_out(self, sessions: Sequence[Session], room: int) -> list[Drawn]:
         denoised = [session.denoised for session in sessions]

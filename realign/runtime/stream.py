@@ -2,15 +2,16 @@
 
 A window of requests is looked at. What goes on is the first of these that there is: latents are decoded; a
 full pack is drawn; else the window is filled, and all that is in it is read, then written; else what there is
-is drawn. So packs of pictures stay full while requests come, and samples leave as they are done. What is held
-for a request goes with its session.
+is drawn. So packs of pictures stay full while requests come, and samples leave as they are done. Nothing
+waits for a request that is long in coming while others can go on. What is held for a request goes with its
+session.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from realign.runtime.budget import Budget, Costs, MemoryShortage, find_free_byte
 from realign.runtime.planner import Bounds, Pack, choose_pack
 from realign.runtime.reader import MetPicture, Reader
 from realign.runtime.request import ImagePart, Request, Sample
-from realign.runtime.session import Session
+from realign.runtime.session import Session, count_picture_bytes
 from realign.runtime.stages import DecodeStage, DrawStage, ReadStage, Stage, WriteStage
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 # Tokens of a forward, by the kind of device: more make it no faster, and samples later.
 ENOUGH_TOKENS = {"cpu": 2400, "cuda": 3 * 2**16}
-# Requests whose pictures are loaded and fitted to the model ahead of the window.
-DEPTH = {"cpu": 16, "cuda": 16}
 # Of the budget, what the contexts may take that wait for their turn.
 CONTEXT_SHARE = 0.5
 
@@ -42,17 +41,24 @@ class StreamOptions:
     Attributes:
         window: requests that are looked at together.
         batch_size: requests in one call at most; None: as many as memory takes and the device can use.
-        picture_bytes: of reference pictures, as given and as fitted to the model, that the window may hold.
+        picture_bytes: of reference pictures, as given and as fitted to the model, that may be held at a time;
+            one request's always may.
+        ahead: requests beyond the window that may be taken, and their pictures fitted to the model.
+        patience: seconds to wait for the next request where there are others to go on with.
     """
 
     window: float = 128
     batch_size: int | None = None
     picture_bytes: float = 2 * 2**30
+    ahead: float = 16
+    patience: float = 0.2
 
     def __post_init__(self) -> None:
-        for name, value in (("window", self.window), ("batch_size", self.batch_size)):
-            if value is not None and not value >= 1:
-                raise ValueError(f"{name} is {value!r}: must be at least 1")
+        leasts = {"window": 1, "batch_size": 1, "picture_bytes": 0, "ahead": 0, "patience": 0}
+        for name, least in leasts.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} is {value!r}: must be at least {least}")
 
 
 class Stream:
@@ -71,25 +77,28 @@ class Stream:
         self.decode = DecodeStage(model, costs)
         self.enough_tokens = ENOUGH_TOKENS[model.device.type]
         self.sessions: list[Session] = []
-        self.num_admitted, self.has_more = 0, True
-        self.coming = Ahead(map(self._meet, requests), DEPTH[model.device.type])
+        self.num_met = self.num_admitted = self.num_done = 0
+        self.has_more = True
+        self.coming = Ahead(map(self._meet, requests), self._may_meet)
 
     def __iter__(self) -> Iterator[tuple[int, Sample]]:
-        while True:
-            chosen = self._choose()
-            if chosen is not None:
-                self._attempt(*chosen)
+        while self.has_more or self.sessions:
+            self._go_on()
             finished = [session for session in self.sessions if session.is_done]
             self.sessions = [session for session in self.sessions if not session.is_done]
             while finished:  # held here no longer than it takes
-                session = finished.pop(0)
-                yield session.number, session.sample
-            if chosen is None and not self.sessions:
-                return
+                self.num_done += 1
+                self.coming.go_on()
+                yield finished[0].number, finished.pop(0).sample
 
     def close(self) -> None:
         """Take no more requests."""
         self.coming.close()
+
+    def _go_on(self) -> None:
+        chosen = self._choose()
+        if chosen is not None:
+            self._attempt(*chosen)
 
     def _choose(self) -> tuple[Stage, Pack] | None:
         """What to do next; None where nothing waits."""
@@ -161,11 +170,15 @@ class Stream:
         else:
             what = f"too little memory for {stage.name} request {sessions[0].request.id!r} by itself"
             raise MemoryShortage(f"{what}: make its picture or its references smaller, or free memory")
-        self.engine.report(f"out of memory while {stage.name}: half as much at a time from here on")
+        room = self.budget.room(stage.name, 0) / 2**20
+        what = f"out of memory while {stage.name}: half as much at a time from here on"
+        self.engine.report(f"{what}, at most {room:.4g} MiB")
 
     def _fill_window(self) -> None:
-        """Take requests, in their order, until the window or the memory for pictures is full."""
-        while self.has_more and len(self.sessions) < self.options.window and self._has_picture_room():
+        """Take requests, in their order, until the window is full or none is there."""
+        while self.has_more and len(self.sessions) < self.options.window:
+            if self.sessions and not self.coming.is_ready(self.options.patience):
+                return
             coming = next(self.coming, None)
             if coming is None:
                 self.has_more = False
@@ -177,14 +190,18 @@ class Stream:
             self.sessions.append(Session(self.num_admitted, request, size, start, pictures))
             self.num_admitted += 1
 
-    def _has_picture_room(self) -> bool:
-        """Whether the window may have another request's pictures; always if it is empty."""
+    def _may_meet(self, waiting: Collection[tuple[Request, tuple[MetPicture, ...]]]) -> bool:
+        """Whether one more request may be taken, beside the sessions and those that wait to be some."""
+        num_held = self.num_met - self.num_done
+        if num_held >= self.options.window + self.options.ahead:
+            return False
         held: dict[int, int] = {}
-        for session in self.sessions:
-            held.update(session.picture_bytes)
-        return not self.sessions or sum(held.values()) < self.options.picture_bytes
+        for request, pictures in (*((one.request, one.pictures) for one in self.sessions), *waiting):
+            held.update(count_picture_bytes(request, pictures))
+        return not num_held or sum(held.values()) < self.options.picture_bytes
 
     def _meet(self, request: Request) -> tuple[Request, tuple[MetPicture, ...]]:
         """Fit a request's pictures to the model, in the thread that goes ahead."""
+        self.num_met += 1
         parts = (part for part in request.prompt.parts if isinstance(part, ImagePart))
         return request, tuple(self.reader.meet(part) for part in parts)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from realign.cli.console import OwnUsageError, UsageError
 from realign.cli.generate import resolve_device
-from realign.cli.job import cut_batches
+from realign.cli.job import bound_stream, cut_batches
 from realign.cli.layout import Task
 from realign.cli.processes import ALONE, Process, current_process
 from realign.data.readers import PromptEntry, TextEntry
@@ -102,3 +102,11 @@ def test_pictures_of_a_prompt_stay_together_where_batches_stay_full(
     assert [len(batch) for batch in batches] == sizes
     together = sum(len({task.entry.id for task in batch}) for batch in batches) == 10
     assert together == (num_images < 9)
+
+
+@pytest.mark.parametrize("share", [1, 2, 9, 10, 50, 10_000])
+def test_none_takes_more_than_its_share_at_a_time(share: int) -> None:
+    """What is taken is claimed: what a process looks at, and what it makes ready beyond that."""
+    options = bound_stream(None, share, Process(1, 3, 1, 3))
+    assert 1 <= options.window + options.ahead <= share
+    assert options.window <= bound_stream(None, share, ALONE).window

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import random
 import threading
+import weakref
 from collections import Counter
 from dataclasses import replace
+from time import monotonic
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from realign.runtime.engine import Engine
 from realign.runtime.prepare import crop_picture
 from realign.runtime.request import Prompt, Request
 from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
-from realign.runtime.stream import DEPTH, StreamOptions
+from realign.runtime.stream import StreamOptions
 
 from .conftest import draw_picture
 
@@ -60,7 +62,9 @@ def test_in_any_order_window_and_budget(model, many_requests, alone, seed, poiso
     shuffled = rng.sample(many_requests, len(many_requests))
     memory = rng.choice([1, 400_000, 3_000_000, None])
     window, size = rng.choice([1, 2, 5, 21]), rng.choice([None, 1, 2, 4])
-    options = StreamOptions(window, size, rng.choice([1, 50_000, 1e9]))
+    options = StreamOptions(
+        window, size, rng.choice([1, 50_000, 1e9]), rng.choice([0, 3]), rng.choice([0, 9])
+    )
     engine = Engine(model, PROGRAMS, prepare=crop_picture, memory_bytes=memory)
     check_equal(list(engine.stream(iter(shuffled), options)), alone)
 
@@ -73,10 +77,10 @@ def test_samples_come_before_the_last_request_is_taken(engine):
             taken.append(Request(str(len(taken)), Prompt.build("a mug"), settings=SMALL))
             yield taken[-1]
 
-    stream = engine.stream(endless(), StreamOptions(window=4))
+    stream = engine.stream(endless(), StreamOptions(window=4, ahead=3))
     found = {next(stream).request.id for _ in range(12)}
     assert found == {str(number) for number in range(12)}
-    assert len(taken) <= 12 + 4 + DEPTH["cpu"] + 1
+    assert len(taken) <= 12 + 4 + 3
     before = threading.active_count()
     stream.close()
     assert threading.active_count() == before - 1
@@ -126,7 +130,7 @@ def test_what_prompts_share_is_read_once_in_a_window(engine, monkeypatch):
         Request(str(number), Prompt.build([pictures[number % 2], f"a mug, {number % 4}"]), settings=settings)
         for number in range(16)
     ]
-    assert len(list(engine.stream(requests, StreamOptions(batch_size=2)))) == 16
+    assert len(list(engine.stream(requests, StreamOptions(batch_size=8, patience=60)))) == 16
     assert len(read) == 2 * 2 + 4  # two blocks a picture, four texts
 
 
@@ -135,15 +139,79 @@ def test_packs_are_even_and_full(engine, monkeypatch):
     spy(monkeypatch, stages, "denoise", lambda model, jobs, *rest: packs.append(jobs))
     settings = [replace(SMALL, num_timesteps=3 + number % 2) for number in range(24)]
     requests = [Request(str(n), Prompt.build("mug"), settings=own) for n, own in enumerate(settings)]
-    assert len(list(engine.stream(requests, StreamOptions(window=16, batch_size=4)))) == 24
+    assert len(list(engine.stream(requests, StreamOptions(window=16, batch_size=4, patience=60)))) == 24
     assert [len(pack) for pack in packs] == [4] * 6
     assert sum(len({job.schedule.num_steps for job in pack}) == 1 for pack in packs) >= 5
 
 
-@pytest.mark.parametrize("name", ["window", "batch_size"])
-def test_a_bound_that_admits_nothing_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name} is 0: must be at least 1"):
-        StreamOptions(**{name: 0})
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("window", 1), ("batch_size", 1), ("picture_bytes", 0), ("ahead", 0), ("patience", 0)],
+)
+def test_a_bound_that_admits_nothing_is_refused(name, least):
+    for value in (least - 1, float("nan")):
+        with pytest.raises(ValueError, match=f"{name} is {value}: must be at least {least}"):
+            StreamOptions(**{name: value})
+
+
+def test_a_request_may_wait_for_another_ones_sample(engine):
+    sample_is_there = threading.Event()
+
+    def live():
+        yield Request("0", Prompt.build("a mug"), settings=SMALL)
+        assert sample_is_there.wait(60), "the stream waits for a request though it has work"
+        yield Request("1", Prompt.build("a lamp"), settings=SMALL)
+
+    names = []
+    for sample in engine.stream(live()):
+        names.append(sample.request.id)
+        sample_is_there.set()
+    assert names == ["0", "1"]
+
+
+def test_control_comes_back_while_the_source_waits(engine):
+    go_on = threading.Event()
+
+    def live():
+        yield Request("0", Prompt.build("a mug"), settings=SMALL)
+        go_on.wait(60)
+
+    stream = engine.stream(live())
+    next(stream)
+    began = monotonic()
+    stream.close()
+    assert monotonic() - began < 30
+    go_on.set()
+
+
+def test_no_sample_is_held_once_it_was_given(engine):
+    samples = []
+    requests = [Request(str(number), Prompt.build("a mug"), settings=SMALL) for number in range(4)]
+    for sample in engine.stream(requests, StreamOptions(patience=60)):
+        samples.append(weakref.ref(sample))
+        del sample
+        gc.collect()
+        # the engine's own frame may hold the last
+        assert [ref() is not None for ref in samples[:-1]] == [False] * (len(samples) - 1)
+
+
+def test_what_is_no_operation_is_refused(model):
+    def program(request):
+        yield "a picture"
+
+    engine = Engine(model, {"none": program})
+    with pytest.raises(TypeError, match="program of request '0' asks for 'a picture': must be a Read"):
+        engine.run([Request("0", Prompt.build("a mug"), settings=SMALL)])
+
+
+def test_a_program_that_asks_for_nothing(model):
+    def program(request):
+        return request.id
+        yield
+
+    engine = Engine(model, {"none": program})
+    requests = [Request(str(number), Prompt.build("a mug"), settings=SMALL) for number in range(3)]
+    assert engine.run(requests, StreamOptions(window=1)) == ["0", "1", "2"]
 
 
 def test_generator_streams_what_it_generates(model):
@@ -184,8 +252,9 @@ def test_memory_is_flat_over_a_long_run(model):
     assert count_live_bytes() - before < 5 * one
 
 
-def test_pictures_of_a_window_are_bounded(engine):
-    """A window takes no more requests than its bound on their pictures' bytes, but always one."""
+@pytest.mark.parametrize(("picture_bytes", "most"), [(0, 1), (64 * 64 * 3 + 1, 2)])
+def test_pictures_that_are_held_are_bounded(engine, picture_bytes, most):
+    """Of the window and ahead of it; one request is always taken."""
     taken = []
 
     def requests():
@@ -194,5 +263,8 @@ def test_pictures_of_a_window_are_bounded(engine):
             prompt = Prompt.build([Image.new("RGB", (64, 64), (n, 0, 0)), "a mug"])
             yield Request(str(n), prompt, settings=SMALL)
 
-    order = [int(s.request.id) for s in engine.stream(requests(), StreamOptions(picture_bytes=0))]
+    order = []
+    for sample in engine.stream(requests(), StreamOptions(picture_bytes=picture_bytes)):
+        order.append(int(sample.request.id))
+        assert len(taken) <= len(order) + most
     assert order == [0, 1, 2, 3, 4, 5]
