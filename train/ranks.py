@@ -20,9 +20,13 @@ class Ranks:
 
     @classmethod
     def join(cls, device: str = "auto") -> Ranks:
-        """From torchrun's environment, or alone; "auto" is a GPU for each process where there are any."""
+        """From torchrun's environment, or alone; "auto" is a GPU for each process where there are any.
+
+        Raises: ValueError for a device that is not there.
+        """
         if device == "auto":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        _check_device(device)
         if "RANK" not in os.environ:
             return cls(device=device)
         if device.startswith("cuda"):
@@ -52,3 +56,13 @@ class Ranks:
         """Until all have come here."""
         if self.size > 1:
             dist.barrier()
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device is {device!r}: it cannot be used here ({reason}); take cpu or auto"
+        ) from None

@@ -275,8 +275,8 @@ def main() -> None:
         "--device", default="auto", help="such as cpu or cuda (default: cuda where there is one)"
     )
     args = parser.parse_args()
-    ranks = Ranks.join(args.device)
     try:
+        ranks = Ranks.join(args.device)
         recipe = Recipe.load(args.recipe)
         if args.iterations is not None:
             recipe = replace(recipe, iterations=args.iterations)

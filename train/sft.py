@@ -314,8 +314,8 @@ def main() -> None:
         "--device", default="auto", help="such as cpu or cuda (default: cuda where there is one)"
     )
     args = parser.parse_args()
-    ranks = Ranks.join(args.device)
     try:
+        ranks = Ranks.join(args.device)
         recipe = Recipe.load(args.recipe)
         if args.steps is not None:
             recipe = replace(recipe, optimization=replace(recipe.optimization, steps=args.steps))

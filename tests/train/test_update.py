@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -172,8 +173,15 @@ def test_a_recipe_keeps_what_it_says(tmp_path: Path) -> None:
 
 
 def test_a_bad_command_is_one_line(tmp_path: Path) -> None:
-    process = start(tmp_path / "missing.toml", tmp_path / "out", stderr=-1, text=True)
+    process = start(tmp_path / "missing.toml", tmp_path / "out", stderr=subprocess.PIPE, text=True)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 2
     assert len(errors.splitlines()) == 1
     assert "is not a recipe" in errors
+
+
+@pytest.mark.parametrize("device", ["abacus", "meta:x", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device is '{device}'") as caught:
+        Ranks.join(device)
+    assert len(str(caught.value).splitlines()) == 1
