@@ -16,25 +16,26 @@ class GenerateOptions:
 
     `height`, `width` in pixels, None for the model's own rule; `steps` are timesteps (N - 1 denoising steps);
     `temperature` 0 is greedy; `cache_*` and `reuse_guidance_below` are `CachingSettings`.
+    The defaults are the settings' own.
     """
 
-    reasoning: str = "none"
+    reasoning: str = Settings.reasoning
     height: int | None = None
     width: int | None = None
-    steps: int = 50
-    timestep_shift: float = 3.0
-    text_guidance_scale: float = 4.0
-    image_guidance_scale: float = 2.0
-    guidance_interval: tuple[float, float] = (0.4, 1.0)
-    guidance_renorm: str = "global"
-    guidance_renorm_min: float = 0.0
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_reasoning_tokens: int = 512
-    cache_interval: int = 1
-    cache_order: int = 1
-    cache_first: int = 5
-    reuse_guidance_below: float = 0.0
+    steps: int = Settings.num_timesteps
+    timestep_shift: float = Settings.timestep_shift
+    text_guidance_scale: float = GuidanceSettings.text_scale
+    image_guidance_scale: float = GuidanceSettings.image_scale
+    guidance_interval: tuple[float, float] = GuidanceSettings.interval
+    guidance_renorm: str = GuidanceSettings.renorm
+    guidance_renorm_min: float = GuidanceSettings.renorm_min
+    temperature: float = TextSettings.temperature
+    top_p: float = TextSettings.top_p
+    max_reasoning_tokens: int = TextSettings.max_tokens
+    cache_interval: int = CachingSettings.interval
+    cache_order: int = CachingSettings.order
+    cache_first: int = CachingSettings.first
+    reuse_guidance_below: float = CachingSettings.reuse_guidance_below
 
     def settings(self) -> Settings:
         """As the runtime takes them. Raises: ValueError for a value that cannot be used."""
@@ -63,7 +64,10 @@ class GenerateOptions:
                 continue
             kind, what = _KINDS[type(field.default)]
             numbers = value if kind is Sequence and isinstance(value, Sequence) else ()
-            if not isinstance(value, kind) or not all(isinstance(number, Real) for number in numbers):
+            is_kind = isinstance(value, kind) and not isinstance(
+                value, bool
+            )  # which Python counts as a number
+            if not is_kind or not all(isinstance(number, Real) for number in numbers):
                 raise ValueError(f"{field.name} is {value!r}: must be {what}")
 
 

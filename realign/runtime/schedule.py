@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from realign.runtime.settings import check_noise
+from realign.runtime.settings import check_noise, check_times
 from realign_kernels import LogProbCoefficients, StepCoefficients
 
 Time = TypeVar("Time", float, Tensor)
@@ -73,10 +73,7 @@ class Schedule:
         Raises: ValueError for fewer than two timesteps or a shift that is not a positive number.
         Source: BAGEL, arXiv 2505.14683, `Bagel.generate_image`.
         """
-        if num_timesteps < 2:
-            raise ValueError(f"num_timesteps is {num_timesteps}: must be at least 2, for one step")
-        if not (math.isfinite(shift) and shift > 0):
-            raise ValueError(f"timestep shift is {shift}: must be a positive number; 1 leaves the times even")
+        check_times(num_timesteps, shift)
         last = num_timesteps - 1
         times = tuple(shift_time(1 - i / last, shift) for i in range(num_timesteps))
         steps = tuple(Step(t, t_next - t, 1.0, t_next - t, 0.0) for t, t_next in pairwise(times))

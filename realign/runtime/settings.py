@@ -109,8 +109,11 @@ class NoiseSettings:
 
     def __post_init__(self) -> None:
         check_noise(self.rule, self.level)
-        if self.window is not None and (len(self.window) != 2 or self.window[0] < 0 or self.window[1] < 1):
+        if self.window is None:
+            return
+        if len(self.window) != 2 or self.window[0] < 0 or self.window[1] < 1:
             raise ValueError(f"noise window is {self.window}: must be (start, size), such as (0, 3)")
+        object.__setattr__(self, "window", tuple(self.window))
         if self.window is not None:
             object.__setattr__(self, "window", tuple(self.window))  # settings are keys of caches
 
@@ -135,6 +138,14 @@ def check_noise(rule: str, level: float) -> None:
         )
 
 
+def check_times(num_timesteps: int, shift: float) -> None:
+    """Raise ValueError for fewer than two timesteps or a shift that is not a positive number."""
+    if num_timesteps < 2:
+        raise ValueError(f"num_timesteps is {num_timesteps}: must be at least 2, for one step")
+    if not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"timestep shift is {shift}: must be a positive number; 1 leaves the times even")
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings of one request; `height`, `width` in pixels, None for the model's own rule."""
@@ -150,6 +161,7 @@ class Settings:
     noise: NoiseSettings = field(default_factory=NoiseSettings)
 
     def __post_init__(self) -> None:
+        check_times(self.num_timesteps, self.timestep_shift)
         num_steps = self.num_timesteps - 1
         if self.noise.window is not None and sum(self.noise.window) > num_steps:
             what = f"noise window is {self.noise.window}"

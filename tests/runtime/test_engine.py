@@ -15,7 +15,7 @@ from realign.runtime.engine import Engine
 from realign.runtime.noise import normal
 from realign.runtime.prepare import crop_picture
 from realign.runtime.request import ImagePart, Prompt, Request, TextPart
-from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
+from realign.runtime.settings import GuidanceSettings, NoiseSettings, Settings, TextSettings
 
 from .conftest import CHECKPOINT
 
@@ -107,6 +107,10 @@ def test_an_untrained_mode_is_a_warning(model):
         (lambda: build_settings(guidance_renorm_min=2.0), "renorm_min is 2.0"),
         (lambda: build_settings(guidance_interval=(1.0, 0.4)), "guidance interval is"),
         (lambda: build_settings(text_guidance_scale=float("nan")), "text_scale is nan"),
+        (lambda: build_settings(steps=1), "num_timesteps is 1: must be at least 2"),
+        (lambda: build_settings(steps=True), "steps is True: must be a whole number"),
+        (lambda: build_settings(timestep_shift=0.0), "timestep shift is 0.0: must be a positive number"),
+        (lambda: Settings(num_timesteps=1), "num_timesteps is 1"),
         (lambda: build_requests("a mug", SMALL), "must be a list of prompts"),
         (lambda: build_requests(["a mug", [RED]], SMALL), "prompt 1: the prompt has no text"),
         (lambda: build_requests([3], SMALL), "prompt 0: prompt is 3"),
@@ -144,3 +148,9 @@ def test_settings_have_the_documented_defaults():
         GuidanceSettings(4.0, 2.0, (0.4, 1.0), "global", 0.0, for_text_prompts=False),
         TextSettings(512, 0.0, 1.0),
     )
+
+
+def test_a_window_of_noise_may_be_a_list(engine):
+    noise = NoiseSettings("cps", 0.5, [0, 1])
+    assert noise == NoiseSettings("cps", 0.5, (0, 1))
+    assert len(engine.run([Request("a", Prompt.build("mug"), settings=replace(SMALL, noise=noise))])) == 1
