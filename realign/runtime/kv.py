@@ -6,7 +6,7 @@ N layers, L tokens, K key-value heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class Context:
         num_runs: so many of the first segments are runs, which rows attend to together where they share
             them; the others are the tail, which each row attends to by itself.
         weights_version: of the weights that it was read with.
+        mark: its own; names the context without holding what it holds.
     """
 
     segments: tuple[Segment, ...] = ()
@@ -44,6 +45,7 @@ class Context:
     next_position: int = 0
     num_runs: int = 0
     weights_version: int = 0
+    mark: object = field(init=False, default_factory=object)
 
     @property
     def runs(self) -> tuple[Segment, ...]:

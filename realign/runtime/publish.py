@@ -11,7 +11,8 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,37 @@ class LoRA:
     scale: float = 1.0
 
 
+@dataclass(eq=False)
+class Use:
+    """What all publishers of a model know of it.
+
+    Attributes:
+        parts: by each of their names.
+        bases: of the weights that adapters are merged into.
+        num_users: batches that run.
+    """
+
+    parts: dict[str, list[Part]]
+    bases: dict[Part, Tensor] = field(default_factory=dict)
+    num_users: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def of(cls, model: Bagel) -> Use:
+        if model not in _USES:
+            parts: dict[str, list[Part]] = {}
+            for published, part in list_parts(model).items():
+                for name in {published, part.name, part.parameter}:
+                    parts.setdefault(name, []).append(part)
+            _USES[model] = cls(parts)
+        return _USES[model]
+
+
+_USES: WeakKeyDictionary[Bagel, Use] = WeakKeyDictionary()
+
+
 class Publisher:
-    """Changes the weights of a model that others run; one for a model.
+    """Changes the weights of a model that others run; those of one model know of each other.
 
     Tensors and adapters are named as the model names its parameters, or as published checkpoints do; the
     projections of a fused one by themselves (`decoder.layers.0.gen.q_proj.weight`) or together
@@ -47,24 +77,19 @@ class Publisher:
 
     def __init__(self, model: Bagel) -> None:
         self.model = model
-        self.parts: dict[str, list[Part]] = {}
-        for published, part in list_parts(model).items():
-            for name in {published, part.name, part.parameter}:
-                self.parts.setdefault(name, []).append(part)
-        self.bases: dict[Part, Tensor] = {}  # of the weights that adapters are merged into
+        self.use = Use.of(model)
         self._state: dict[str, Tensor] = {}
-        self._lock, self._num_users = threading.Lock(), 0
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """While a batch runs: what is published then is refused."""
-        with self._lock:
-            self._num_users += 1
+        with self.use.lock:
+            self.use.num_users += 1
         try:
             yield
         finally:
-            with self._lock:
-                self._num_users -= 1
+            with self.use.lock:
+                self.use.num_users -= 1
 
     @torch.no_grad()
     def publish(
@@ -80,8 +105,8 @@ class Publisher:
         Returns: the new version of the weights.
         Raises: ValueError naming the tensor, with everything as it was; also while a batch runs.
         """
-        with self._lock:
-            if self._num_users:
+        with self.use.lock:
+            if self.use.num_users:
                 raise ValueError("a batch is running: publish weights before it or after it")
             self._state = self.model.state_dict()
             given = self._find_weights(weights or {})
@@ -89,17 +114,17 @@ class Publisher:
             bases = {part: self._find_base(part, given) for part in adapters}
             merges = [_Merge.build(self._rows(part), bases[part], adapters[part]) for part in adapters]
             scratch = _make_scratch(merges)
-            old = [part for part in self.bases if part not in adapters]
+            old = [part for part in self.use.bases if part not in adapters]
             ended = [part for part in old if lora is not None or part in given]
             for part in ended:
-                base = self.bases.pop(part)
+                base = self.use.bases.pop(part)
                 if part not in given:  # which may be the very weights that the adapter is merged into
                     self._rows(part).copy_(base)
             for part, tensor in given.items():
                 self._rows(part).copy_(tensor)
             for merge in merges:
                 merge.write(scratch)
-            self.bases.update(bases)
+            self.use.bases.update(bases)
             changed = {part.parameter for part in (*ended, *given, *adapters)}
             return self.model.announce_weights(changed)
 
@@ -110,7 +135,7 @@ class Publisher:
         """What an adapter is merged into: new memory, unless an earlier one's base is still it."""
         if part in given:
             return given[part].to(self._rows(part), copy=True)
-        return self.bases[part] if part in self.bases else self._rows(part).clone()
+        return self.use.bases[part] if part in self.use.bases else self._rows(part).clone()
 
     def _find_weights(self, weights: Mapping[str, Tensor]) -> dict[Part, Tensor]:
         """Each part's tensor, checked."""
@@ -145,7 +170,7 @@ class Publisher:
         return found
 
     def _find_parts(self, full_name: str, name: str, found: Mapping[Part, object]) -> Sequence[Part]:
-        parts = self.parts.get(full_name)
+        parts = self.use.parts.get(full_name)
         if parts is None:
             raise ValueError(f"{name}: the model has none of this name, nor has a published checkpoint")
         if any(part in found for part in parts):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
+from threading import Lock
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from PIL import Image
@@ -79,7 +80,7 @@ class Reader:
     ) -> None:
         self.model, self.fit, self.max_tokens, self.backend = model, prepare, max_tokens, backend
         self.run_tokens = run_tokens
-        self.start = Context()
+        self.start, self.lock = Context(), Lock()
         self.digests: WeakKeyDictionary[ImagePart, str] = WeakKeyDictionary()
         self._forget()
         self.name_text = lru_cache(maxsize=TEXTS_KEPT)(self._name_text)
@@ -89,7 +90,7 @@ class Reader:
         self.weights_version = self.model.weights_version
         self.pictures: WeakValueDictionary[str, MetPicture] = WeakValueDictionary()
         self.reached: WeakValueDictionary[Step, Context] = WeakValueDictionary()
-        self.shared: WeakValueDictionary[Way, Context] = WeakValueDictionary()
+        self.shared: WeakValueDictionary[tuple[object, ...], Context] = WeakValueDictionary()
 
     def read(self, readings: Sequence[Reading]) -> list[Context]:
         """The context that each reading ends with.
@@ -112,13 +113,13 @@ class Reader:
     def _read_shared(self, ways: Sequence[Way]) -> dict[Way, Context]:
         """Where each way ends, what was read on it made a run."""
         # A way of no blocks ends where it began: kept, it would keep itself.
-        found = {way: self.shared.get(way) if way[1] else way[0] for way in ways}
+        found = {way: self.shared.get(_name_way(way)) if way[1] else way[0] for way in ways}
         new = [way for way, context in found.items() if context is None]
         ends = self._read_ways(new)
         counts = [len(ends[way].tail) for way in new]
         joined = join_runs([ends[way] for way in new], counts, self.run_tokens)
         found.update(zip(new, joined, strict=True))
-        self.shared.update({way: context for way, context in found.items() if way[1]})
+        self.shared.update({_name_way(way): context for way, context in found.items() if way[1]})
         return found
 
     def _read_ways(self, ways: Sequence[Way]) -> dict[Way, Context]:
@@ -164,11 +165,16 @@ class Reader:
         ]
 
     def meet(self, part: ImagePart) -> MetPicture:
-        """The picture as the model sees it; one for all equal pictures, as long as somebody holds it."""
+        """The picture as the model sees it; one for all equal pictures, as long as somebody holds it.
+
+        In any thread: while one reads with a picture, no other puts its own in its place.
+        """
         digest = self._digest(part)
         met = self.pictures.get(digest)
         if met is None:
-            met = self.pictures[digest] = MetPicture(self.fit(part.image, self.model.config))
+            new = MetPicture(self.fit(part.image, self.model.config))
+            with self.lock:
+                met = self.pictures.setdefault(digest, new)
         return met
 
     def name_blocks(self, parts: Sequence[Part]) -> list[BlockName]:
@@ -257,3 +263,9 @@ class Reader:
             built = build(self.model, [getattr(met.prepared, f"{kind}_CHW") for met in new])
             for met, block in zip(new, built, strict=True):
                 met.blocks[kind] = block
+
+
+def _name_way(way: Way) -> tuple[object, ...]:
+    """A name that holds no context: where the way ends has a copy of what its start held."""
+    start, names = way
+    return start.mark, names

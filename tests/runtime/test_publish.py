@@ -172,7 +172,7 @@ def test_adapters_never_drift(dtype: torch.dtype) -> None:
     assert not torch.equal(find_rows(engine, QUERY), find_rows(build_engine(dtype), QUERY))
     assert engine.publish(lora={}) == 6
     assert_holds(engine, base)
-    assert not engine.publisher.bases
+    assert not engine.publisher.use.bases
 
 
 def test_weights_under_an_adapter(engine: Engine) -> None:
@@ -229,12 +229,12 @@ NAN = torch.full((32,), math.nan)
 )
 def test_refused_weights_leave_everything_as_it_was(engine: Engine, weights: dict, message: str) -> None:
     engine.publish(lora={QUERY: draw_lora(engine, QUERY)})
-    before, bases = copy_state(engine), dict(engine.publisher.bases)
+    before, bases = copy_state(engine), dict(engine.publisher.use.bases)
     good = {"llm2vae.bias": torch.ones_like(before["llm2vae.bias"])}
     with pytest.raises(ValueError, match=message):
         engine.publish({**good, **weights}, {UP: draw_lora(engine, UP)})
     assert_holds(engine, before)
-    assert engine.publisher.bases == bases
+    assert engine.publisher.use.bases == bases
     assert engine.weights_version == 1
 
 
@@ -335,3 +335,16 @@ def test_listeners_are_told_what_changed(engine: Engine) -> None:
         {f"{GEN}.qkv_proj.bias", f"{GEN}.gate_up_proj.weight"},
         {f"{GEN}.gate_up_proj.weight", f"{GEN}.o_proj.weight"},
     ]
+
+
+def test_engines_of_one_model_know_of_each_other(engine: Engine, mixed_requests: list[Request]) -> None:
+    other = Engine(engine.model, PROGRAMS, prepare=crop_picture)
+    base, stream = copy_state(engine), engine.stream(mixed_requests)
+    next(stream)
+    with pytest.raises(ValueError, match="a batch is running"):
+        other.publish(base)
+    stream.close()
+    engine.publish(lora={QUERY: draw_lora(engine, QUERY)})
+    other.publish(lora={QUERY: draw_lora(engine, QUERY, 1), KEY: draw_lora(engine, KEY)})
+    engine.publish(lora={})
+    assert_holds(engine, base)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import weakref
 
 import pytest
 import torch
@@ -96,3 +98,37 @@ def test_what_was_read_is_found_as_long_as_it_is_held(model, monkeypatch):
     del short, long
     gc.collect()
     assert not [*reader.reached, *reader.shared, *reader.pictures]
+
+
+def test_what_a_run_was_made_of_is_not_held_beside_it(model):
+    reader = Reader(model, crop_picture, max_tokens=100_000, run_tokens=1)
+    (start,) = reader.read([Reading((TextPart("a lamp " * 9),))])
+    picture = ImagePart(Image.new("RGB", (16, 24), "red"))
+    reading = Reading((picture, TextPart("a mug")), start)
+    (end,) = reader.read([reading])
+    assert reader.read([reading]) == [end]  # found again while its start is there
+    (tail,) = map(weakref.ref, start.tail)
+    del start, reading
+    gc.collect()
+    assert tail() is None
+    assert reader.count_held() == end.length
+
+
+def test_a_picture_that_is_met_twice_at_a_time_is_met_once(model):
+    """The slower of two threads takes what the other has put there."""
+    fast_is_done = threading.Event()
+
+    def fit(image, config):
+        if threading.current_thread().name == "slow":
+            assert fast_is_done.wait(60)
+        return crop_picture(image, config)
+
+    reader, found = Reader(model, fit, max_tokens=100_000), []
+    image = Image.new("RGB", (16, 24), "red")
+    slow = threading.Thread(target=lambda: found.append(reader.meet(ImagePart(image))), name="slow")
+    slow.start()
+    met = reader.meet(ImagePart(image))
+    fast_is_done.set()
+    slow.join()
+    assert found == [met]
+    assert reader.meet(ImagePart(image)) is met
