@@ -86,7 +86,8 @@ class UpdateOptions:
 class UpdateNumbers:
     """What an update was like, over all processes. All float32 [N] on the CPU but for the norm.
 
-    `kl_N` is 0 where there is none; `approx_kl_N` is half the squared difference of the log-probs.
+    `kl_N` is 0 where there is none; `approx_kl_N` is half the squared difference of the log-probs. N are the
+    entries that were replayed: those of degenerate groups may be left out.
     """
 
     ratio_N: Tensor
@@ -139,7 +140,7 @@ class Updater:
             self.policy.differentiate(),
             checkpoint_layers(self.policy.engine.model, self.policy.checkpointing),
         ):
-            for pack in self._pack(entries):
+            for pack in _leave_out(self._pack(entries), advantages, references):
                 rows.append(self._accumulate(pack, advantages, references, float(count)))
         norm = self._step()
         ratio_N, kl_N, approx_kl_N = self.ranks.gather(torch.cat(rows)).unbind(dim=1)
@@ -210,3 +211,12 @@ class Updater:
 
     def _pack(self, entries: Sequence[Entry]) -> list[list[Entry]]:
         return pack_entries(entries, self.options.packing, self.options.micro_batch)
+
+
+def _leave_out(
+    packs: list[list[Entry]], advantages: Sequence[float], references: dict[int, Tensor]
+) -> list[list[Entry]]:
+    """The packs that have a gradient; at least one, that the ratio is seen."""
+    if references:
+        return packs
+    return [pack for pack in packs if any(advantages[entry.number] for entry in pack)] or packs[:1]

@@ -14,6 +14,7 @@ from realign.rewards.spec import build_reward
 from tests.train.rga_runs import BASE, build_recipe, start, write_recipe
 from train.ranks import Ranks
 from train.recipe import Recipe
+from train.replay import Replayer
 from train.rga import Aligner
 from train.update import Stopped, UpdateOptions
 
@@ -99,6 +100,23 @@ def test_without_a_gradient_nothing_changes(tmp_path: Path) -> None:
     row = aligner.iterate()
     assert (row["grad_norm"], row["degenerate"], row["spread"]) == (0.0, 1.0, 0.0)
     assert all(torch.equal(before[name], master) for name, master in aligner.policy.masters.items())
+
+
+def test_packs_that_teach_nothing_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And count in the mean all the same."""
+    reward = {"reward": "function:tests.train.rewards:second_group"}
+    whole = find_gradients(tmp_path, reward)
+    replayed = []
+    replay = Replayer.replay
+
+    def watch(self, entries):
+        replayed.extend(entry.sample.request.id for entry in entries)
+        return replay(self, entries)
+
+    monkeypatch.setattr(Replayer, "replay", watch)
+    dense = {"update": {"packing": "dense", "micro_batch": 6}}
+    assert_close(find_gradients(tmp_path, reward, dense), whole, 1e-4)
+    assert replayed == [f"0/{number}" for number in (3, 3, 4, 4, 5, 5)]
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
