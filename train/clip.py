@@ -72,7 +72,8 @@ class Recipe:
         latent_noise: the largest deviation of the noise on their latents, which have unit variance.
         pool: decoded groups that are kept; `fresh` of them are new in each step.
         place_scale: what open_clip's initial positions of the picture's patches are multiplied by. As they
-            are, a tenth of the patches' own size, places were still at chance when all else was learned.
+            are, and with a mean over patches, an object's place hardly moves a picture's embedding, and
+            places were still at chance when shapes were learned.
     """
 
     groups: int = 16
@@ -97,7 +98,7 @@ class Recipe:
     vision: Mapping[str, Any] = field(
         default_factory=lambda: {
             "image_size": 63, "patch_size": 21, "layers": 3, "width": 160, "head_width": 32,
-            "pool_type": "avg",
+            "pool_type": "tok",
         }
     )  # fmt: skip
     text: Mapping[str, Any] = field(
@@ -107,7 +108,7 @@ class Recipe:
         }
     )  # fmt: skip
     embed_dim: int = 256
-    place_scale: float = 8.0
+    place_scale: float = 16.0
 
     def rate(self, step: int, seconds: float) -> float:
         """The learning rate of a step that begins after so many seconds: warm-up, then a cosine to 1%."""
