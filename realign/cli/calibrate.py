@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from realign.cli.compare import build_requests, check_out, shortage_is_said
+from realign.cli.compare import build_requests, check_out
 from realign.cli.console import RunError, UsageError, print_error, print_note
 from realign.cli.generate import DEFAULT_BATCH_SIZE, check_inputs, load_engine
+from realign.cli.job import shortage_is_said
 from realign.cli.options import PROMPT_FORMATS, RunOptions, add_run_arguments
 from realign.data.readers import PromptError
 
@@ -41,7 +42,10 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run(options: RunOptions) -> None:
-    """Check, run, write the file. Raises UsageError or PromptError for what cannot be done."""
+    """Check, run, write the file.
+
+    Raises UsageError or PromptError for what cannot be done, RunError where it fails.
+    """
     if options.fp8 is not None:
         raise UsageError(f"--fp8 {options.fp8}: scales are found without fp8: leave it out")
     check_out(options.out)
@@ -55,5 +59,8 @@ def run(options: RunOptions) -> None:
     with shortage_is_said(), recording_inputs(engine.model) as find_scales:
         for start in range(0, len(requests), size):
             engine.run(requests[start : start + size])
-        layers = find_scales()
+        try:
+            layers = find_scales()
+        except ValueError as error:
+            raise RunError(f"no scales: {error}") from error
     Fp8Scales(model.fingerprint(), layers).save(options.out)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from realign.cli.console import RunError, UsageError, print_error, print_note
 from realign.cli.generate import DEFAULT_BATCH_SIZE, check_inputs, load_engine, warn_untrained
-from realign.cli.job import build_request, build_tasks
+from realign.cli.job import build_request, build_tasks, shortage_is_said
 from realign.cli.options import PROMPT_FORMATS, RunOptions, add_run_arguments
 from realign.data.images import load_picture
 from realign.data.readers import PromptError, PromptFile
@@ -88,17 +86,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     options.out.write_text(json.dumps(about | result, indent=1) + "\n", encoding="utf-8")
     return result
-
-
-@contextmanager
-def shortage_is_said() -> Iterator[None]:
-    """Raises RunError where memory does not hold even one picture."""
-    from realign.runtime.budget import MemoryShortage
-
-    try:
-        yield
-    except MemoryShortage as error:
-        raise RunError(error) from error
 
 
 def check_arguments(args: argparse.Namespace, options: RunOptions) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -106,8 +107,10 @@ class Job:
 
             with Writer(save) as writer:
                 while not share.is_complete():
-                    for sample in _run(engine, self._build_requests(share.take(), settings), options):
-                        writer.put(sample)
+                    requests = self._build_requests(share.take(), settings)
+                    with shortage_is_said():
+                        for sample in engine.stream(requests, options):
+                            writer.put(sample)
                     writer.flush()
                     if not share.is_complete():
                         time.sleep(POLL_SECONDS)  # what a dead process had is free soon
@@ -160,12 +163,13 @@ def build_request(task: Task, seed: int, settings: Settings, load: Callable[[Pat
     return Request(id=task.request_id, prompt=Prompt(tuple(parts)), seed=seed, settings=settings)
 
 
-def _run(engine: Engine, requests: Iterator[Request], options: StreamOptions) -> Iterator[Sample]:
-    """The engine's samples. Raises: RunError where memory does not hold even one."""
+@contextmanager
+def shortage_is_said() -> Iterator[None]:
+    """Raises RunError where memory does not hold even one picture."""
     from realign.runtime.budget import MemoryShortage
 
     try:
-        yield from engine.stream(requests, options)
+        yield
     except MemoryShortage as error:
         raise RunError(error) from error
 

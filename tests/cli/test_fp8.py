@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
 import realign
+from realign.model import fp8
 from tests.cli.support import Outcome, Workplace, read_pictures
 
 ROW = {"id": "a", "prompt": "a star"}
@@ -85,3 +87,13 @@ def test_no_place_for_the_scales(place: Workplace) -> None:
     outcome = calibrate(place, "--out", "no/such/scales.json")
     assert outcome.code == 2
     assert "--out no/such/scales.json: give the name of a file in a folder that is there" in outcome.err
+
+
+def test_what_has_no_scale_is_one_line(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "find_scale", lambda largest, find=fp8.find_scale: find(math.inf))
+    outcome = calibrate(place)
+    assert outcome.code == 1
+    assert outcome.err.splitlines()[-1] == (
+        "realign: error: no scales: the largest number is inf: there is no scale for it"
+    )
+    assert not scales(place).exists()
