@@ -11,6 +11,7 @@ from PIL import Image
 
 from realign.api import Generator, build_settings, load
 from realign.model.bagel import Bagel
+from realign.runtime.stages import KEPT_POSITIONS
 from tests.runtime.conftest import CHECKPOINT
 
 
@@ -65,7 +66,7 @@ def test_a_prompt_that_cannot_be_used(generator: Generator, prompt: object, said
 
 
 def test_more_text_than_the_model_reads(generator: Generator, capfd: pytest.CaptureFixture[str]) -> None:
-    limit = generator.model.config.llm.max_position_embeddings
+    limit = generator.model.config.llm.max_position_embeddings - KEPT_POSITIONS
     with pytest.raises(ValueError, match=rf"tokens, the model reads at most {limit}: shorten it"):
         generator.generate(["mug " * (2 * limit)], height=16, width=16)
     assert capfd.readouterr().err == ""

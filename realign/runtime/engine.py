@@ -19,11 +19,12 @@ from torch import Tensor
 from realign.model.bagel import Bagel
 from realign.model.config import BagelConfig
 from realign.runtime.attention import find_backend
-from realign.runtime.operations import Program
+from realign.runtime.operations import Program, Read
 from realign.runtime.prepare import PreparedPicture, fit_picture
 from realign.runtime.publish import LoRA, Publisher
 from realign.runtime.reader import RUN_TOKENS, MetPicture, Reader
 from realign.runtime.request import ImagePart, Request, Sample, TextPart
+from realign.runtime.stages import KEPT_POSITIONS
 from realign.runtime.stream import Stream, StreamOptions
 
 # Pictures that a check of many requests keeps, as those that follow often have the same.
@@ -146,12 +147,18 @@ class Engine:
         self._check_length(request)
 
     def _check_length(self, request: Request) -> None:
-        """A byte-level tokenizer makes at most one token of a byte, so that most prompts are not counted."""
-        texts = [part.text for part in request.prompt.parts if isinstance(part, TextPart)]
-        limit = self.model.config.llm.max_position_embeddings
-        if sum(len(text.encode()) for text in texts) <= limit:
-            return
-        count = sum(len(self.model.tokenizer.encode(text)) for text in texts)
-        if count > limit:
-            what = f"the prompt has {count} tokens, the model reads at most {limit}"
-            raise ValueError(f"request {request.id!r}: {what}: shorten it")
+        """Count what its program reads first; what it writes then is cut to what is left of the positions.
+
+        A byte-level tokenizer makes at most one token of a byte, so that most prompts are not counted.
+        """
+        first = next(self.programs[request.settings.reasoning](request), None)
+        limit = self.model.config.llm.max_position_embeddings - KEPT_POSITIONS
+        for reading in first.readings if isinstance(first, Read) else ():
+            texts = [part.text for part in reading.parts if isinstance(part, TextPart)]
+            others = 2 * len(reading.parts)  # a text's bos and eos; a picture's two blocks
+            if others + sum(len(text.encode()) for text in texts) <= limit:
+                continue
+            count = others + sum(len(self.model.tokenizer.encode(text)) for text in texts)
+            if count > limit:
+                what = f"the prompt has {count} tokens, the model reads at most {limit}"
+                raise ValueError(f"request {request.id!r}: {what}: shorten it")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -30,8 +30,11 @@ from realign.runtime.request import ImagePart
 from realign.runtime.sampler import DenoiseJob, denoise, num_latent_tokens
 from realign.runtime.schedule import Schedule
 from realign.runtime.session import Denoised, Session
-from realign.runtime.settings import NoiseSettings
+from realign.runtime.settings import NoiseSettings, TextSettings
 from realign.runtime.text import Written, decode_text, slot_size
+
+# Rotary positions kept for a token that is written, its bos and its eos, and the picture.
+KEPT_POSITIONS = 4
 
 
 @lru_cache(maxsize=64)
@@ -127,13 +130,13 @@ class WriteStage(Stage):
         return isinstance(session.waiting, Write)
 
     def measure(self, session: Session) -> Load:
-        size = slot_size(session.waiting.context, session.request.settings.text)
+        size = slot_size(session.waiting.context, self._cut_to_positions(session))
         row = self.costs.forward_token + self.costs.scores_row
         return Load((size,), {session.number: size * self.costs.kv_token + row}, 1)
 
     def carry_out(self, sessions: Sequence[Session], room: int) -> list[Written]:
         contexts = [session.waiting.context for session in sessions]
-        settings = [session.request.settings.text for session in sessions]
+        settings = [self._cut_to_positions(session) for session in sessions]
         requests = [session.request for session in sessions]
         keys = [
             NoiseKey(request.seed, request.id, session.waiting.turn, "text")
@@ -145,6 +148,12 @@ class WriteStage(Stage):
         self.reader.max_tokens = room // self.costs.read_token
         written = decode_text(self.model, contexts, settings, keys, max_tokens, self.reader.backend)
         return self.reader.finish(contexts, written, self.reads_again)
+
+    def _cut_to_positions(self, session: Session) -> TextSettings:
+        """How the session writes: no more tokens than the model has positions for."""
+        settings, limit = session.request.settings.text, self.model.config.llm.max_position_embeddings
+        left = max(1, limit - session.waiting.context.next_position - KEPT_POSITIONS)
+        return replace(settings, max_tokens=min(settings.max_tokens, left))
 
 
 class DrawStage(Stage):

@@ -154,3 +154,22 @@ def test_a_window_of_noise_may_be_a_list(engine):
     noise = NoiseSettings("cps", 0.5, [0, 1])
     assert noise == NoiseSettings("cps", 0.5, (0, 1))
     assert len(engine.run([Request("a", Prompt.build("mug"), settings=replace(SMALL, noise=noise))])) == 1
+
+
+def test_what_is_read_and_written_has_positions(model, monkeypatch):
+    """System text and pictures count; what is written is cut to what is left, and holds no more for it."""
+    engine, text = Engine(model, PROGRAMS, prepare=crop_picture), TextSettings(10**9)
+    request = Request("a", Prompt.build([RED, "mug"]), settings=replace(SMALL, reasoning="think", text=text))
+    system = len(model.tokenizer.encode(PROGRAMS["think"].system_text))
+    read = system + len(model.tokenizer.encode("mug")) + 2 * 3
+
+    def limit(positions):
+        llm = replace(model.config.llm, max_position_embeddings=positions)
+        monkeypatch.setattr(model, "config", replace(model.config, llm=llm))
+
+    limit(read + 4 + 2)
+    (sample,) = engine.run([request])
+    assert len(sample.trajectory.text_turns[0].ids) <= 2
+    limit(read + 3)
+    with pytest.raises(ValueError, match=f"has {read} tokens, the model reads at most {read - 1}"):
+        engine.run([request])
