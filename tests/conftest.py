@@ -8,6 +8,7 @@ which must be chosen before Triton is first imported: here.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,3 +22,10 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     settings.register_profile("no-deadline", deadline=None)
     settings.load_profile("no-deadline")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Commands that are tested in this process choose their number of threads; the next test has one again."""
+    yield
+    torch.set_num_threads(1)
