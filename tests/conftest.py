@@ -26,6 +26,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Commands that are tested in this process choose their number of threads; the next test has one again."""
+    """Commands that are tested in this process choose their threads; the next test has one again."""
     yield
     torch.set_num_threads(1)
