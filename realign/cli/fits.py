@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from realign.cli.console import UsageError
 from realign.cli.models import ModelFolder
 from realign.cli.options import PictureOptions
-from realign.data.readers import PromptError, PromptFile, Reference
+from realign.data.readers import PromptEntry, PromptError, PromptFile, Reference
 from realign.model.config import BagelConfig
+from realign.reasoning.prompts import SYSTEM_TEXTS
+from realign.runtime.settings import KEPT_POSITIONS
 
 
 def largest_side(config: BagelConfig) -> int:
@@ -70,20 +72,26 @@ def _check_references(config: BagelConfig, prompts: PromptFile, references: Mapp
                     raise PromptError(f"{prompts.path}:{entry.line}: {what}; mend {rule} in its config.json")
 
 
-def check_lengths(model: ModelFolder, prompts: PromptFile) -> None:
-    """Raises PromptError for a prompt with more text than the model has positions for.
+def check_lengths(model: ModelFolder, prompts: PromptFile, reasoning: str) -> None:
+    """Raises PromptError for more text, its system text counted, than the model has positions for.
 
     A byte-level tokenizer makes at most one token of a byte, so that most prompts need no tokenizer here.
     """
-    limit = model.config.llm.max_position_embeddings
-    long = [entry for entry in prompts.entries if sum(map(len, map(str.encode, entry.texts))) > limit]
+    system = [SYSTEM_TEXTS[reasoning]] if reasoning in SYSTEM_TEXTS else []
+
+    def count_positions(entry: PromptEntry, count: Callable[[str], int]) -> int:
+        """As the engine counts them: a text has a bos and an eos, a picture is two blocks."""
+        return 2 * (len(system) + len(entry.parts)) + sum(map(count, (*system, *entry.texts)))
+
+    limit = model.config.llm.max_position_embeddings - KEPT_POSITIONS
+    long = [one for one in prompts.entries if count_positions(one, lambda text: len(text.encode())) > limit]
     if not long:
         return
     from realign.model.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(model.path)
     for entry in long:
-        count = sum(len(tokenizer.encode(text)) for text in entry.texts)
+        count = count_positions(entry, lambda text: len(tokenizer.encode(text)))
         if count > limit:
             what = f"the prompt has {count} tokens, the model reads at most {limit}"
             raise PromptError(f"{prompts.path}:{entry.line}: {what}; shorten it")

@@ -187,7 +187,7 @@ def check_inputs(
     model = ModelFolder.find(options.model)
     check_given_size(options.picture, model.config)
     check_sizes(options.picture, model.config, prompts, references)
-    check_lengths(model, prompts)
+    check_lengths(model, prompts, options.picture.reasoning)
     if options.fp8 is not None:
         check_fp8(options.fp8, model)
     return prompts, references, model, device, dtype

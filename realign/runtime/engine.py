@@ -24,7 +24,7 @@ from realign.runtime.prepare import PreparedPicture, fit_picture
 from realign.runtime.publish import LoRA, Publisher
 from realign.runtime.reader import RUN_TOKENS, MetPicture, Reader
 from realign.runtime.request import ImagePart, Request, Sample, TextPart
-from realign.runtime.stages import KEPT_POSITIONS
+from realign.runtime.settings import KEPT_POSITIONS
 from realign.runtime.stream import Stream, StreamOptions
 
 # Pictures that a check of many requests keeps, as those that follow often have the same.

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from realign.model.config import RENORMS
 
+# Rotary positions kept for a token that is written, its bos and its eos, and the picture.
+KEPT_POSITIONS = 4
 ATTENTION_BACKENDS = ("varlen", "flash-attn", "xformers", "sdpa", "reference")
 SDE_RULES = ("flow-grpo", "dance-grpo", "cps")
 MAX_ORDER = 8  # of a forecast; on mini order 6 gains a decibel over order 1

@@ -30,11 +30,8 @@ from realign.runtime.request import ImagePart
 from realign.runtime.sampler import DenoiseJob, denoise, num_latent_tokens
 from realign.runtime.schedule import Schedule
 from realign.runtime.session import Denoised, Session
-from realign.runtime.settings import NoiseSettings, TextSettings
+from realign.runtime.settings import KEPT_POSITIONS, NoiseSettings, TextSettings
 from realign.runtime.text import Written, decode_text, slot_size
-
-# Rotary positions kept for a token that is written, its bos and its eos, and the picture.
-KEPT_POSITIONS = 4
 
 
 @lru_cache(maxsize=64)

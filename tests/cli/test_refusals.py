@@ -39,7 +39,7 @@ def check_refused(outcome: Outcome, message: str) -> None:
         ({"id": "a", "prompt": [{"image": "bomb.png"}, {"text": "x"}]}, r"prompts\.jsonl:2: .*40 million"),
         (
             {"id": "a", "prompt": "x " * 40_000},
-            r"prompts\.jsonl:2: the prompt has \d+ tokens, .*at most 32768",
+            r"prompts\.jsonl:2: the prompt has \d+ tokens, .*at most 32764",
         ),
     ],
 )
@@ -214,3 +214,15 @@ def test_names_with_line_ends_stay_on_one_line(place: Workplace) -> None:
     check_refused(place.generate(place.folder / "a\nb.jsonl"), "a b.jsonl:1: cannot be read")
     row = {"id": "a", "prompt": [{"image": "x\ny\u2028z.png"}, {"text": "x"}]}
     check_refused(place.generate(place.write_prompts(json.dumps(row))), r"prompts\.jsonl:1: picture")
+
+
+def test_more_text_than_there_are_positions(place: Workplace) -> None:
+    """The system text of a reasoning mode counts: what fits without it may not fit with it."""
+    prompts = place.write_prompts({"id": "long", "prompt": "star " * 32755})
+    arguments = ("generate", prompts, "--out", place.out, "--reasoning", "ic-cot")
+    outcome = place.run(*arguments)
+    assert outcome.code == 2
+    assert re.search(
+        r"prompts.jsonl:1: the prompt has \d+ tokens, the model reads at most 32764; shorten it", outcome.err
+    )
+    assert not place.out.exists()
