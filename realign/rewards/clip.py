@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -97,16 +98,15 @@ class ClipEncoder:
         return picture.to(self.device)
 
 
-class ClipReward(Reward):
-    """cos(E(picture), T(caption)), from -1 to 1; the caption is the sample's own, or else its prompt.
-
-    A malformed reasoning gives 0, less than any caption near the picture: it is the model's failing, and must
-    not be scored by another text.
+class EncoderReward(Reward):
+    """A reward of what a CLIP sees.
 
     Args:
         spec, device: see `ClipEncoder`.
         encoder: one that is there already.
     """
+
+    kind: ClassVar[str]
 
     def __init__(
         self,
@@ -114,8 +114,18 @@ class ClipReward(Reward):
         device: torch.device | str | None = None,
         encoder: ClipEncoder | None = None,
     ) -> None:
-        self.name = f"clip:{spec}"
+        self.name = f"{self.kind}:{spec}"
         self.encoder = ClipEncoder(spec, device) if encoder is None else encoder
+
+
+class ClipReward(EncoderReward):
+    """cos(E(picture), T(caption)), from -1 to 1; the caption is the sample's own, or else its prompt.
+
+    A malformed reasoning gives 0, less than any caption near the picture: it is the model's failing, and must
+    not be scored by another text.
+    """
+
+    kind = "clip"
 
     def score(self, samples: Sequence[Scored]) -> Tensor:
         """Cosines."""
@@ -134,20 +144,10 @@ class ClipReward(Reward):
         return text
 
 
-class ImageSimilarityReward(Reward):
-    """Mean over the references of cos(E(picture), E(reference)).
+class ImageSimilarityReward(EncoderReward):
+    """Mean over the references of cos(E(picture), E(reference))."""
 
-    Args: as of `ClipReward`.
-    """
-
-    def __init__(
-        self,
-        spec: str = "mini",
-        device: torch.device | str | None = None,
-        encoder: ClipEncoder | None = None,
-    ) -> None:
-        self.name = f"image_similarity:{spec}"
-        self.encoder = ClipEncoder(spec, device) if encoder is None else encoder
+    kind = "image_similarity"
 
     def score(self, samples: Sequence[Scored]) -> Tensor:
         """Mean cosines."""
