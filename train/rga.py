@@ -64,11 +64,16 @@ class Clock:
 
 
 class Aligner:
-    """A run of a recipe; `iterate` is one iteration."""
+    """A run of a recipe; `iterate` is one iteration.
 
-    def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
+    Args:
+        model: what to begin from, if it is not the recipe's `start`.
+    """
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, model: Bagel | None = None) -> None:
         self.recipe, self.ranks = recipe, ranks
-        model = Bagel.from_pretrained(recipe.start, ranks.device, getattr(torch, recipe.dtype))
+        if model is None:
+            model = Bagel.from_pretrained(recipe.start, ranks.device, getattr(torch, recipe.dtype))
         self.engine = Engine(model, PROGRAMS, record=True)
         self.reward: WeightedSum = build_reward(recipe.reward, ranks.device)
         source = build_source(recipe.data, recipe.seed)

@@ -149,6 +149,7 @@ class Rollout:
             prompt="\n".join(part.text for part in request.prompt.parts if isinstance(part, TextPart)),
             reasoning=None if reasoning is None else reasoning.text,
             caption=None if reasoning is None else reasoning.caption,
+            is_malformed=reasoning is not None and reasoning.error is not None,
             references=request.prompt.pictures,
             instruction=self.item.instruction,
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from realign.model.bagel import Bagel
 from tests.train.rga_runs import build_recipe
 from train.prompts import DataOptions, FileSource, WorldSource, choose_items
 from train.ranks import Ranks
@@ -149,5 +150,18 @@ def test_rewards_get_what_they_need(tmp_path: Path) -> None:
     assert scored.instruction is rollout.item.instruction is not None
     assert scored.reasoning == rollout.sample.reasoning.text
     assert scored.caption is None, "an untrained model writes no IC-CoT"
+    assert scored.is_malformed
     assert scored.picture.size == (32, 32)
     assert replace(rollout, group=0).group == 0
+
+
+def test_free_text_has_no_form_to_fail_in(tmp_path: Path) -> None:
+    changes = {"data": {"tasks": ["t2i"]}, "rollout": {"reasoning": "think"}}
+    (rollout,) = Aligner(build_recipe(tmp_path, changes), Ranks()).roller.roll(0, [4])
+    assert not rollout.to_scored().is_malformed
+
+
+def test_a_model_that_is_there_is_taken(tmp_path: Path) -> None:
+    recipe = build_recipe(tmp_path)
+    model = Bagel.from_pretrained(recipe.start)
+    assert Aligner(recipe, Ranks(), model).engine.model is model
