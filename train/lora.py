@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from realign.model.bagel import Bagel
 from realign.model.linear import FusedLinear, RowLinear, linear_by_rows
+from realign.model.route import EXPERTS
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +39,12 @@ class Adapter:
 Place = tuple[slice, str]  # rows of a weight, and the name of the projection that has them
 
 
-def list_projections(model: Bagel) -> dict[RowLinear, list[Place]]:
-    """The generation expert's linear layers, and the projections in each."""
+def list_projections(model: Bagel, experts: Sequence[str] = ("gen",)) -> dict[RowLinear, list[Place]]:
+    """The linear layers of experts, one expert after the other, and the projections in each."""
     found: dict[RowLinear, list[Place]] = {}
-    for number, layer in enumerate(model.decoder.layers):
-        for name, module in layer.gen.named_children():
-            prefix = f"decoder.layers.{number}.gen"
+    for expert, (number, layer) in product(experts, enumerate(model.decoder.layers)):
+        for name, module in getattr(layer, expert).named_children():
+            prefix = f"decoder.layers.{number}.{expert}"
             if isinstance(module, FusedLinear):
                 found[module] = [(rows, f"{prefix}.{own}") for own, rows in module.rows().items()]
             elif isinstance(module, RowLinear):
@@ -50,11 +52,13 @@ def list_projections(model: Bagel) -> dict[RowLinear, list[Place]]:
     return found
 
 
-def draw_adapters(model: Bagel, rank: int, seed: int) -> dict[str, Adapter]:
+def draw_adapters(
+    model: Bagel, rank: int, seed: int, experts: Sequence[str] = ("gen",)
+) -> dict[str, Adapter]:
     """An adapter of each projection, named as `Publisher` names them; `down` uniform in +-1 / sqrt(I)."""
     adapters = {}
     generator = torch.Generator().manual_seed(seed)
-    for linear, places in list_projections(model).items():
+    for linear, places in list_projections(model, experts).items():
         for rows, name in places:
             outputs, inputs = linear.weight[rows].shape
             down_RI = (2 * torch.rand(rank, inputs, generator=generator) - 1) / inputs**0.5
@@ -66,14 +70,16 @@ def draw_adapters(model: Bagel, rank: int, seed: int) -> dict[str, Adapter]:
 @contextmanager
 def attach_adapters(model: Bagel, adapters: Mapping[str, Adapter], scale: float) -> Iterator[None]:
     """While gradients of the model's projections go to the adapters."""
-    linears = list_projections(model)
-    for linear, places in linears.items():
+    changed = []
+    for linear, places in list_projections(model, EXPERTS).items():
         own = [(rows, adapters[name]) for rows, name in places if name in adapters]
-        linear.forward = partial(_project, linear, own, scale)
+        if own:
+            linear.forward = partial(_project, linear, own, scale)
+            changed.append(linear)
     try:
         yield
     finally:
-        for linear in linears:
+        for linear in changed:
             del linear.forward
 
 

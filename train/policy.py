@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from realign.model.mot import MoTLayer
+from realign.model.route import EXPERTS
 from realign.runtime.engine import Engine
 from realign.runtime.publish import LoRA
 from train.lora import Adapter, attach_adapters, draw_adapters
@@ -25,10 +26,11 @@ KINDS = ("full", "lora")
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """What is trained of the generation expert.
+    """What is trained of the generation expert, and of the understanding expert where texts are trained.
 
     Attributes:
-        kind: "full": all its weights; "lora": adapters of all its projections (arXiv 2106.09685).
+        kind: "full": all its weights, understanding's with the embeddings and the head of texts; "lora":
+            adapters of all its projections (arXiv 2106.09685).
         rank, alpha: of the adapters; their scale is alpha / rank.
         checkpointing: compute a layer again in the backward pass instead of keeping what it computed.
     """
@@ -89,11 +91,16 @@ class FullPolicy(Policy):
 
     Args:
         keeps_reference: whether `reference` will be asked for: it takes another copy, on the host.
+        trains_text: the same of the understanding expert, and the embeddings and the head of texts.
     """
 
-    def __init__(self, engine: Engine, keeps_reference: bool) -> None:
+    def __init__(self, engine: Engine, keeps_reference: bool, trains_text: bool = False) -> None:
         super().__init__(engine)
-        self.weights = {n: p for n, p in engine.model.named_parameters() if is_generation(n)}
+        self.weights = {
+            name: parameter
+            for name, parameter in engine.model.named_parameters()
+            if is_generation(name) or (trains_text and is_understanding(name))
+        }
         self.masters = {n: nn.Parameter(p.detach().float().clone()) for n, p in self.weights.items()}
         self.start = {n: p.detach().to("cpu", copy=True) for n, p in self.weights.items() if keeps_reference}
 
@@ -120,16 +127,18 @@ class FullPolicy(Policy):
 
 
 class LoRAPolicy(Policy):
-    """Adapters of the generation expert's projections, merged into the engine's weights.
+    """Adapters of the generation expert's projections, merged into the engine's weights; with `trains_text`
+    of the understanding expert's too.
 
     The forward of a replay runs the merged weights, as the rollout does: its ratio is as exactly one as with
     full weights. Only the backward knows of the adapters (see `train.lora`).
     """
 
-    def __init__(self, engine: Engine, options: PolicyOptions, seed: int) -> None:
+    def __init__(self, engine: Engine, options: PolicyOptions, seed: int, trains_text: bool = False) -> None:
         super().__init__(engine)
         self.scale = options.alpha / options.rank
-        self.adapters: dict[str, Adapter] = draw_adapters(engine.model, options.rank, seed)
+        experts = sorted(EXPERTS if trains_text else ("gen",))  # gen first: drawn alike with und or without
+        self.adapters: dict[str, Adapter] = draw_adapters(engine.model, options.rank, seed, experts)
         self.masters = {}
         for name, adapter in self.adapters.items():
             self.masters |= {f"{name}.down": adapter.down_RI, f"{name}.up": adapter.up_OR}
@@ -149,20 +158,27 @@ class LoRAPolicy(Policy):
         self.engine.publish(lora={})
 
 
-def build_policy(engine: Engine, options: PolicyOptions, keeps_reference: bool, seed: int) -> Policy:
+def build_policy(
+    engine: Engine, options: PolicyOptions, keeps_reference: bool, seed: int, trains_text: bool = False
+) -> Policy:
     """The policy that options ask for, published."""
     if options.kind == "full":
-        policy: Policy = FullPolicy(engine, keeps_reference)
+        policy: Policy = FullPolicy(engine, keeps_reference, trains_text)
     else:
-        policy = LoRAPolicy(engine, options, seed)
+        policy = LoRAPolicy(engine, options, seed, trains_text)
     policy.checkpointing = options.checkpointing
     policy.publish()
     return policy
 
 
 def is_generation(name: str) -> bool:
-    """Whether a parameter is the generation expert's."""
+    """Whether a parameter, or an adapter's factor, is the generation expert's."""
     return name.startswith("decoder.") and ".gen." in name
+
+
+def is_understanding(name: str) -> bool:
+    """Whether a parameter reads or writes texts: the understanding expert's, the embeddings, or the head."""
+    return name.startswith(("decoder.", "embed_tokens.", "lm_head.")) and ".gen." not in name
 
 
 @contextmanager

@@ -99,11 +99,12 @@ def test_lora_replays_the_rollouts_bits() -> None:
     assert replayed.logprob_N.requires_grad
 
 
+@pytest.mark.parametrize("trains_text", [False, True])
 @pytest.mark.parametrize("options", [PolicyOptions(), LORA], ids=["full", "lora"])
-def test_the_reference_is_where_training_began(options: PolicyOptions) -> None:
+def test_the_reference_is_where_training_began(options: PolicyOptions, trains_text: bool) -> None:
     engine = build_engine()
     start = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
-    policy = build_policy(engine, options, True, 0)
+    policy = build_policy(engine, options, True, 0, trains_text)
     for master in policy.masters.values():
         master.data += 0.01
     policy.publish()
@@ -130,6 +131,17 @@ def test_adapters_depend_on_the_seed_alone() -> None:
         assert torch.equal(one[name].down_RI, same[name].down_RI)
         assert not torch.equal(one[name].down_RI, other[name].down_RI)
         assert not one[name].up_OR.any()
+
+
+def test_texts_are_trained_with_the_decoder_the_embeddings_and_the_head() -> None:
+    model = build_engine().model
+    policy = FullPolicy(Engine(model, PROGRAMS, record=True), False, trains_text=True)
+    parts = ("decoder.", "embed_tokens.", "lm_head.")
+    assert set(policy.masters) == {n for n, _ in model.named_parameters() if n.startswith(parts)}
+    adapters = draw_adapters(model, 3, 0, ("gen", "und"))
+    assert len(adapters) == 2 * len(draw_adapters(model, 3, 0))
+    for name, adapter in draw_adapters(model, 3, 0).items():
+        assert torch.equal(adapter.down_RI, adapters[name].down_RI), "others with text than without"
 
 
 @pytest.mark.parametrize(
