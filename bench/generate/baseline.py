@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench.generate.clock import Clock, NoClock
-from bench.generate.forward import Cache, Layout, as_linear, lay_out_picture, run_decoder
+from bench.generate.forward import Cache, as_linear, lay_out_picture, run_decoder
 from bench.generate.reading import ContextReader
 from realign.model.bagel import Bagel, unpatchify_latent
 from realign.model.config import BagelConfig
@@ -31,6 +31,8 @@ from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
 from realign_kernels.philox_normal.reference import MASK, philox
 
 Prepare = Callable[[Image.Image, BagelConfig], PreparedPicture]
+# Of the number of a step, the latents before it and their velocity: the latents after it.
+Advance = Callable[[int, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,34 @@ class Branches:
     image: Cache | None = None
 
 
+class Flow:
+    """The velocities of a picture whose branches were read."""
+
+    def __init__(
+        self, reader: ContextReader, branches: Branches, size: tuple[int, int], guidance: GuidanceSettings
+    ) -> None:
+        self.model, self.reader, self.guidance = reader.model, reader, guidance
+        self.caches = {name: cache for name, cache in vars(branches).items() if cache is not None}
+        self.place_L = reader.find_places(*size)
+        num_tokens = len(self.place_L) + 2
+        self.layouts = {
+            name: lay_out_picture(cache, num_tokens, self.model.device, is_latent=True)
+            for name, cache in self.caches.items()
+        }
+
+    def velocity(self, sample_LC: Tensor, time: float, is_guided: bool) -> Tensor:
+        """The guided velocity, [L, C]: the branches that guide one after the other."""
+        time_L = torch.full((len(sample_LC),), time, device=self.model.device)
+        framed_LE = self.reader.embed_latent(sample_LC, time_L, self.place_L)
+        names = [name for name in self.caches if name == "conditional" or is_guided]
+        return guide([self._run_branch(framed_LE, name) for name in names], self.guidance)
+
+    def _run_branch(self, framed_LE: Tensor, name: str) -> Tensor:
+        layout = self.layouts[name]
+        hidden_LE = run_decoder(self.model, framed_LE, layout, self.caches[name])
+        return as_linear(self.model.llm2vae)(hidden_LE)[layout.latent_index_L]
+
+
 class Baseline:
     """Makes the picture of a request, as `Engine` does of many.
 
@@ -66,12 +96,12 @@ class Baseline:
         self.reader = ContextReader(model, self.clock)
 
     @torch.no_grad()
-    def run(self, request: Request) -> Made:
-        """One request from its prompt to its picture."""
+    def run(self, request: Request, advance: Advance | None = None) -> Made:
+        """One request from its prompt to its picture; `advance` as for `draw`."""
         with self.clock.phase("other"):
             settings, turn = request.settings, None
             with self.clock.phase("reading"):
-                branches, (height, width) = self._read_prompt(request)
+                branches, (height, width) = self.read_prompt(request)
             if PROGRAMS[settings.reasoning].does_reason:
                 key = NoiseKey(request.seed, request.id, stream="text")
                 with self.clock.phase("reasoning"):
@@ -80,11 +110,11 @@ class Baseline:
                     self.reader.read_text(branches.conditional, turn.text)
             with self.clock.phase("denoising"):
                 noise_LC = self._make_noise(request, height, width)
-                latent_LC = self.draw(branches, height, width, settings, noise_LC)
+                latent_LC = self.draw(branches, height, width, settings, noise_LC, advance)
             with self.clock.phase("autoencoder"):
                 return Made(turn, latent_LC, self.decode(latent_LC, height, width))
 
-    def _read_prompt(self, request: Request) -> tuple[Branches, tuple[int, int]]:
+    def read_prompt(self, request: Request) -> tuple[Branches, tuple[int, int]]:
         """What the branches read before any reasoning, and the picture's height and width."""
         settings, config = request.settings, self.model.config
         program = PROGRAMS[settings.reasoning]
@@ -129,25 +159,19 @@ class Baseline:
 
     @torch.no_grad()
     def draw(
-        self, branches: Branches, height: int, width: int, settings: Settings, noise_LC: Tensor
+        self,
+        branches: Branches,
+        height: int,
+        width: int,
+        settings: Settings,
+        noise_LC: Tensor,
+        advance: Advance | None = None,
     ) -> Tensor:
-        """Noise to final latents [L, C]: Euler steps, in each the branches that guide it, one by one."""
-        guidance, place_L = settings.guidance, self.reader.find_places(height, width)
-        layouts = {
-            name: lay_out_picture(cache, len(noise_LC) + 2, self.model.device, is_latent=True)
-            for name, cache in vars(branches).items()
-            if cache is not None
-        }
-        sample_LC = noise_LC
-        for time, dt, is_guided in list_steps(settings):
-            time_L = torch.full((len(sample_LC),), time, device=self.model.device)
-            framed_LE = self.reader.embed_latent(sample_LC, time_L, place_L)
-            velocities = [
-                self._velocity(framed_LE, layout, getattr(branches, name))
-                for name, layout in layouts.items()
-                if name == "conditional" or is_guided
-            ]
-            sample_LC = sample_LC - guide(velocities, guidance) * dt
+        """Noise to final latents [L, C], step by step; `advance` takes a step, by default Euler's."""
+        flow = Flow(self.reader, branches, (height, width), settings.guidance)
+        advance, sample_LC = advance or build_euler(settings), noise_LC
+        for number, (time, _, is_guided) in enumerate(list_steps(settings)):
+            sample_LC = advance(number, sample_LC, flow.velocity(sample_LC, time, is_guided))
         return sample_LC
 
     def decode(self, latent_LC: Tensor, height: int, width: int) -> Image.Image:
@@ -163,11 +187,6 @@ class Baseline:
         shape = (height // stride * (width // stride), channels)
         return normal(NoiseKey(request.seed, request.id), shape).to(self.model.device)
 
-    def _velocity(self, framed_LE: Tensor, layout: Layout, cache: Cache) -> Tensor:
-        """The flow's velocity for one branch, [L, C]."""
-        hidden_LE = run_decoder(self.model, framed_LE, layout, cache)
-        return as_linear(self.model.llm2vae)(hidden_LE)[layout.latent_index_L]
-
 
 def list_steps(settings: Settings) -> list[tuple[float, float, bool]]:
     """Of every step its time, how far it goes, and whether guidance is on; in float32, as the reference's."""
@@ -177,6 +196,12 @@ def list_steps(settings: Settings) -> list[tuple[float, float, bool]]:
     is_guided_S = (time_S > low) & (time_S <= high) & (settings.guidance.text_scale > 1)
     steps = (time_S[:-1], time_S[:-1] - time_S[1:], is_guided_S[:-1])
     return list(zip(*(numbers.tolist() for numbers in steps), strict=True))
+
+
+def build_euler(settings: Settings) -> Advance:
+    """Steps of the ODE."""
+    steps = list_steps(settings)
+    return lambda number, sample_LC, velocity_LC: sample_LC - velocity_LC * steps[number][1]
 
 
 def choose_token(logits_V: Tensor, temperature: float, uniform: float | None) -> int:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +25,18 @@ class Clock:
 
     Args:
         device: on CUDA every change of phase waits for the device, so that its work counts where it began.
+        phases: those that there are.
+        closed: of these, those that no phase within interrupts.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        phases: Sequence[str] = PHASES,
+        closed: Sequence[str] = (),
+    ) -> None:
+        self.device, self.closed = torch.device(device), frozenset(closed)
+        self.seconds = dict.fromkeys(phases, 0.0)
         self._running: list[str] = []
         self._since = 0.0
 
@@ -37,7 +44,8 @@ class Clock:
     def phase(self, name: str) -> Iterator[None]:
         """Within this, time counts for the phase."""
         self._book()
-        self._running.append(name)
+        current = self._running[-1] if self._running else ""
+        self._running.append(current if current in self.closed else name)
         try:
             yield
         finally:
@@ -63,7 +71,8 @@ class NoClock:
         yield
 
 
-def _always(name: str) -> Callable[..., str]:
+def always(name: str) -> Callable[..., str]:
+    """This phase, whatever the arguments."""
     return lambda *args: name
 
 
@@ -73,26 +82,34 @@ def _name_reading(reader: Any, readings: Any) -> str:
 
 
 # Module, function or method, and the phase of a call with its positional arguments.
-ENGINE_PLACES = (
+Place = tuple[str, str, Callable[..., str]]
+ENGINE_PLACES: tuple[Place, ...] = (
     ("realign.runtime.reader", "Reader.read", _name_reading),
-    ("realign.runtime.reader", "Reader.finish", _always("rereading")),
-    ("realign.runtime.stages", "decode_text", _always("reasoning")),
-    ("realign.runtime.stages", "denoise", _always("denoising")),
-    ("realign.runtime.stages", "decode_pictures", _always("autoencoder")),
-    ("realign.model.autoencoder", "Autoencoder.encode", _always("autoencoder")),
-    ("realign.model.autoencoder", "Autoencoder.decode", _always("autoencoder")),
+    ("realign.runtime.reader", "Reader.finish", always("rereading")),
+    ("realign.runtime.stages", "decode_text", always("reasoning")),
+    ("realign.runtime.stages", "denoise", always("denoising")),
+    ("realign.runtime.stages", "decode_pictures", always("autoencoder")),
+    ("realign.model.autoencoder", "Autoencoder.encode", always("autoencoder")),
+    ("realign.model.autoencoder", "Autoencoder.decode", always("autoencoder")),
 )
 
 
 @contextlib.contextmanager
 def watch_engine(clock: Clock | NoClock) -> Iterator[None]:
-    """Within this, engines tell the clock their phases; all else is `other`.
+    """Within this, engines tell the clock their phases; all else is `other`."""
+    with watch_places(clock, ENGINE_PLACES):
+        yield
 
-    Raises: LookupError naming a function of the engine that is not where it was.
+
+@contextlib.contextmanager
+def watch_places(clock: Clock | NoClock, places: Sequence[Place]) -> Iterator[None]:
+    """Within this, functions tell the clock their phases; all else is `other`.
+
+    Raises: LookupError naming a function that is not where it was.
     """
     with contextlib.ExitStack() as stack:
         if isinstance(clock, Clock):
-            for module, path, name_phase in ENGINE_PLACES:
+            for module, path, name_phase in places:
                 stack.enter_context(_wrapped(module, path, name_phase, clock))
         stack.enter_context(clock.phase("other"))
         yield
@@ -106,7 +123,7 @@ def _wrapped(module: str, path: str, name_phase: Callable[..., str], clock: Cloc
         owner = functools.reduce(getattr, owners, importlib.import_module(module))
         function = getattr(owner, name)
     except (ImportError, AttributeError) as error:
-        raise LookupError(f"{module}.{path} is not there ({error}): mend ENGINE_PLACES") from error
+        raise LookupError(f"{module}.{path} is not there ({error}): mend the list of places") from error
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

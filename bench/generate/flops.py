@@ -88,19 +88,31 @@ class Work:
         """The model's."""
         return self.model.config
 
-    def add(self, request: Request, turn: TextTurn | None, height: int, width: int) -> None:
-        """A request, with the text that was written for it, and the size of its picture."""
+    def add(
+        self, request: Request, turn: TextTurn | None, height: int, width: int
+    ) -> list[tuple[int, list[int]]]:
+        """A request, with the text that was written for it, and the size of its picture.
+
+        Returns: of each denoising step the new tokens of a branch, and what each that acts has read.
+        """
         wanted = PROGRAMS[request.settings.reasoning].read_by_branch(request)
         lengths = {name: self._read(parts) for name, parts in wanted.items()}
         if turn is not None:
             lengths["conditional"] = self._write(lengths["conditional"], turn)
         tokens = height // self.config.latent_stride * (width // self.config.latent_stride)
-        for _, _, is_guided in list_steps(request.settings):
-            for name, length in lengths.items():
-                if name == "conditional" or is_guided:
-                    self._count("denoising", count_decoder(self.config.llm, tokens + 2, length))
+        steps = [
+            (tokens + 2, [own for name, own in lengths.items() if name == "conditional" or is_guided])
+            for _, _, is_guided in list_steps(request.settings)
+        ]
+        for step in steps:
+            self._count("denoising", self.count_step(*step))
         decode = count_autoencoder(self.config.autoencoder, height, width, True)
         self._count("autoencoder", decode)
+        return steps
+
+    def count_step(self, num_tokens: int, lengths: Sequence[int]) -> int:
+        """A forward of so many tokens after each of the contexts."""
+        return sum(count_decoder(self.config.llm, num_tokens, length) for length in lengths)
 
     def _count(self, phase: str, flops: int) -> None:
         self.flops[phase] = self.flops.get(phase, 0) + flops

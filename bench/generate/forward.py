@@ -80,7 +80,6 @@ def lay_out_picture(cache: Cache, length: int, device: torch.device, is_latent: 
     return replace(layout, text_index_L=own[[0, -1]], latent_index_L=own[1:-1])
 
 
-@torch.no_grad()
 def run_decoder(
     model: Bagel, hidden_LE: Tensor, layout: Layout, cache: Cache, does_update: bool = False
 ) -> Tensor:
@@ -193,21 +192,28 @@ def as_linear(module: nn.Module) -> PerToken:
     return lambda tokens_LE: F.linear(tokens_LE, module.weight, module.bias)
 
 
-_PROJECTIONS: WeakKeyDictionary[FusedLinear, Mapping[str, PerToken]] = WeakKeyDictionary()
+_PROJECTIONS: WeakKeyDictionary[FusedLinear, Mapping[str, nn.Module]] = WeakKeyDictionary()
 
 
 def as_linears(module: FusedLinear) -> Mapping[str, PerToken]:
-    """`as_linear` of each projection on its own; their weights are cut out once, not in every forward."""
+    """`as_linear` of each projection on its own."""
+    return {name: as_linear(part) for name, part in cut_projections(module).items()}
+
+
+def cut_projections(module: FusedLinear) -> Mapping[str, nn.Module]:
+    """Each projection with `weight` and `bias` of its own, as the reference has them: cut out once, not in
+    every forward; they lie where the model's do, and change with them.
+    """
     if module not in _PROJECTIONS:
-        parts = {name: (module.weight[own], _cut(module.bias, own)) for name, own in module.rows().items()}
-        _PROJECTIONS[module] = {
-            name: lambda tokens_LE, part=part: F.linear(tokens_LE, *part) for name, part in parts.items()
-        }
+        parts = {}
+        for name, own in module.rows().items():
+            parts[name] = nn.Module()
+            parts[name].weight = nn.Parameter(module.weight[own].detach(), requires_grad=False)
+            parts[name].bias = None
+            if module.bias is not None:
+                parts[name].bias = nn.Parameter(module.bias[own].detach(), requires_grad=False)
+        _PROJECTIONS[module] = parts
     return _PROJECTIONS[module]
-
-
-def _cut(bias: Tensor | None, own: slice) -> Tensor | None:
-    return None if bias is None else bias[own]
 
 
 def _norm(module: nn.Module, config: LLMConfig) -> PerToken:

@@ -6,11 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from bench.generate.baseline import Baseline, Made
-from bench.generate.clock import PHASES, Clock, NoClock, watch_engine
+from bench.generate.clock import Clock, NoClock, watch_engine
 from bench.generate.memory import forget_peak, read_peak_mb
 from bench.generate.workloads import Workload
 from realign.evals.golden import relative_error
@@ -22,7 +23,7 @@ from realign.runtime.request import Request
 # In float32 both give the same pictures. What a whole loop of steps may differ by, relative to the largest.
 LATENT_TOLERANCE = 1e-3
 
-Make = Callable[[Clock | NoClock], list[Made]]
+Make = Callable[[Clock | NoClock], Any]
 
 
 @dataclass
@@ -31,8 +32,10 @@ class Run:
 
     Attributes:
         make: one turn; tells the clock its phases.
+        prepare: what comes before each turn, and is not timed.
+        build_clock: a clock of a turn on a device.
         scale: images of the workload for each that a turn makes.
-        made: in the last turn.
+        made: what the last turn returned.
         seconds, cpu_seconds: of each turn that was timed; for all images of the workload. The second is the
             processor time of the process, all its threads.
         phases: the same of each turn that was clocked.
@@ -41,7 +44,9 @@ class Run:
 
     make: Make
     scale: float = 1.0
-    made: list[Made] = field(default_factory=list)
+    prepare: Callable[[], None] = lambda: None
+    build_clock: Callable[[torch.device], Clock] = Clock
+    made: Any = ()
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     phases: list[dict[str, float]] = field(default_factory=list)
@@ -49,7 +54,8 @@ class Run:
 
     def take_turn(self, device: torch.device, is_timed: bool, is_clocked: bool) -> None:
         """One turn. On CUDA the clock waits for the device, so that a turn is timed or clocked there."""
-        clock = Clock(device) if is_clocked else NoClock()
+        self.prepare()
+        clock = self.build_clock(device) if is_clocked else NoClock()
         forget_peak(device)
         begin, cpu_begin = time.perf_counter(), time.process_time()
         self.made = self.make(clock)
@@ -65,7 +71,7 @@ class Run:
     @property
     def median_phases(self) -> dict[str, float]:
         """Seconds of each phase."""
-        return {name: statistics.median(phases[name] for phases in self.phases) for name in PHASES}
+        return {name: statistics.median(one[name] for one in self.phases) for name in self.phases[0]}
 
     @property
     def num_tokens(self) -> float:

@@ -88,6 +88,7 @@ class ContextReader:
         start_1E, end_1E = self.model.embed_text(self.marker_ids).split(1)
         return torch.cat((start_1E, tokens_LE.to(start_1E.dtype), end_1E))
 
+    @torch.no_grad()
     def _read(self, cache: Cache, hidden_LE: Tensor, layout: Layout, num_positions: int) -> Tensor:
         hidden_LE = run_decoder(self.model, hidden_LE, layout, cache, does_update=True)
         cache.length += len(hidden_LE)

@@ -39,11 +39,13 @@ def name_machine(device: torch.device) -> str:
 
 
 def name_whole_commit() -> str:
-    """The commit, and `-dirty` if anything that is measured here has changed since, `realign` included."""
+    """The commit, and `-dirty` if anything that is measured here has changed since, `realign` and `train`
+    included.
+    """
     commit = name_commit()
     if commit.endswith("-dirty") or shutil.which("git") is None:
         return commit
-    status = ["git", "status", "--porcelain", "--", "realign"]
+    status = ["git", "status", "--porcelain", "--", "realign", "train"]
     changes = subprocess.run(status, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     return f"{commit}-dirty" if changes else commit
 
