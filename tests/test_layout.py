@@ -41,7 +41,7 @@ ALLOWED = {
 EXTRAS = {  # what a package may import beside the project's dependencies
     "realign_kernels": ("triton",),
     "bench": ("triton", "test", "bench"),
-    "tests": ("triton", "test"),
+    "tests": ("triton", "tensorboard", "test"),
 }
 NEVER = {"realign": ("realign.cli",), "realign.evals": ("realign.cli",)}
 

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
 from realign.model.bagel import Bagel
@@ -29,15 +27,16 @@ from realign.rewards.base import RewardError, WeightedSum
 from realign.rewards.spec import build_reward
 from realign.runtime.engine import Engine
 from realign_kernels import group_advantage
+from train.journal import Journal
+from train.measure import Clock, measure_memory, measure_pace, measure_spread, measure_updates
 from train.policy import build_policy
+from train.progress import Progress
 from train.prompts import build_source
 from train.ranks import Ranks
 from train.recipe import Recipe, check_same_recipe, describe_recipe
 from train.replay import Entry, Replayer, list_entries
 from train.rollouts import Roller, Rollout, cut_parts, describe, score
 from train.state import (
-    append_row,
-    drop_rows_after,
     load_optimizer_tensors,
     load_state,
     optimizer_tensors,
@@ -46,21 +45,6 @@ from train.state import (
 from train.update import Stopped, UpdateNumbers, Updater
 
 CLIP_SHARE = 0.1  # of the clip range: how far a replay that is not exact may be off
-
-
-class Clock:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
 class Aligner:
@@ -99,10 +83,10 @@ class Aligner:
         with clock.phase("update"):
             made = self._update(entries, advantages, references)
         self.num_done += 1
-        row |= _measure(made, self.recipe.update.clip_low, self.recipe.update.clip_high)
+        row |= measure_updates(made, self.recipe.update.clip_low, self.recipe.update.clip_high)
         row["lr"] = self.recipe.update.rate(self.updater.num_done - 1)
+        row |= measure_pace(clock.seconds, self.recipe.rollout.num_samples) | measure_memory(self.ranks)
         seconds = {name: round(value, 3) for name, value in clock.seconds.items()}
-        row["samples_per_second"] = round(self.recipe.rollout.num_samples / sum(seconds.values()), 3)
         return {"step": self.num_done, **row, "seconds": seconds}
 
     def _judge(self, rollouts: Sequence[Rollout]) -> tuple[list[float], dict[str, Any]]:
@@ -115,7 +99,7 @@ class Aligner:
         num_groups = self.recipe.rollout.prompts
         found = group_advantage(rewards_NR, group_N, num_groups, weights_R, self.recipe.advantage)
         total_N = rewards_NR @ weights_R
-        spread = float(_spread(total_N, group_N, num_groups))
+        spread = float(measure_spread(total_N, group_N, num_groups))
         self._watch_spread(spread)
         counts = self.ranks.sum(torch.tensor(list(describe(rollouts).values()), dtype=torch.float64))
         num_samples, num_chains, num_distinct, num_failures = counts.tolist()
@@ -221,48 +205,19 @@ def _list_entries(parts: Sequence[Sequence[Rollout]]) -> list[list[Entry]]:
     return entries
 
 
-def _spread(total_N: torch.Tensor, group_N: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """The mean standard deviation of rewards within groups."""
-    groups = [total_N[group_N == group] for group in range(num_groups)]
-    return torch.stack([own.double().std(correction=0) for own in groups]).mean()
-
-
-def _measure(made: Sequence[UpdateNumbers], clip_low: float, clip_high: float) -> dict[str, float]:
-    """What the log says of an iteration's updates; ratios of all of them."""
-    ratio_N = torch.cat([one.ratio_N for one in made])
-    first_N = made[0].ratio_N
-    return {
-        "ratio_mean": float(ratio_N.mean()),
-        "ratio_min": float(ratio_N.min()),
-        "ratio_max": float(ratio_N.max()),
-        "first_ratio_error": float((first_N - 1).abs().max()),
-        "clipped_low": float((ratio_N < 1 - clip_low).float().mean()),
-        "clipped_high": float((ratio_N > 1 + clip_high).float().mean()),
-        "approx_kl": float(torch.cat([one.approx_kl_N for one in made]).mean()),
-        "kl": float(torch.cat([one.kl_N for one in made]).mean()),
-        "grad_norm": sum(one.grad_norm for one in made) / len(made),
-    }
-
-
 def run(recipe: Recipe, out: Path, ranks: Ranks) -> None:
     """Aligns to the recipe's last iteration, going on from the newest checkpoint; exports to out/model."""
     aligner = Aligner(recipe, ranks)
     aligner.restore(out)
-    log = out / "log.jsonl"
-    if ranks.is_first:
-        out.mkdir(parents=True, exist_ok=True)
-        drop_rows_after(log, aligner.num_done)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not ranks.is_first) as progress:
-        task = progress.add_task("aligning", total=recipe.iterations, completed=aligner.num_done)
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal(out, aligner.num_done)) if ranks.is_first else None
+        progress = stack.enter_context(Progress(recipe.iterations, aligner.num_done, ranks.is_first))
         while aligner.num_done < recipe.iterations:
             row = aligner.iterate()
-            is_last = aligner.num_done == recipe.iterations
-            if ranks.is_first:
-                append_row(log, row)
-                said = f"reward {row['reward']:.4f} spread {row['spread']:.4f}"
-                progress.update(task, completed=aligner.num_done, description=said)
-                if is_last or aligner.num_done % recipe.checkpoint_every == 0:
+            progress.advance(row)
+            if journal is not None:
+                journal.add_row(row)
+                if aligner.num_done % recipe.checkpoint_every == 0 or aligner.num_done == recipe.iterations:
                     aligner.save(out)
     if ranks.is_first:
         aligner.export(out / "model")

@@ -12,12 +12,12 @@ import torch
 
 from bench.generate.baseline import Baseline, Made
 from bench.generate.clock import Clock, NoClock, watch_engine
-from bench.generate.memory import forget_peak, read_peak_mb
 from bench.generate.workloads import Workload
 from realign.evals.golden import relative_error
 from realign.model.bagel import Bagel
 from realign.reasoning.programs import PROGRAMS
 from realign.runtime.engine import Engine
+from realign.runtime.memory import forget_peak, read_peak_mb
 from realign.runtime.request import Request
 
 # In float32 both give the same pictures. What a whole loop of steps may differ by, relative to the largest.

@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from bench.generate.memory import read_held_mb
 from bench.generate.models import load_model
 from bench.generate.report import Conditions, name_machine
 from bench.rows import RESULTS
 from realign.model.bagel import Bagel
 from realign.reasoning.programs import PROGRAMS
 from realign.runtime.engine import Engine
+from realign.runtime.memory import read_held_mb
 from realign.runtime.request import Prompt, Request
 from realign.runtime.settings import Settings, TextSettings
 from realign.world.tasks import sample
