@@ -25,7 +25,7 @@ LOG, EVALUATIONS, EVENTS = "log.jsonl", "evaluations.jsonl", "tensorboard"
 
 
 class Journal:
-    """The rows and events of a run in a folder; a context manager.
+    """The rows and events of a run in a folder; to be closed.
 
     Args:
         out: the run's folder; made if it is not there.
@@ -39,10 +39,7 @@ class Journal:
             drop_rows_after(path, step)
         self.events = _open_events(out / EVENTS, step)
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         if self.events is not None:
             self.events.close()
 

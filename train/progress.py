@@ -31,11 +31,15 @@ class Progress:
         columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
         self.bar = Bar(*columns, disable=not self.has_bar)
         self.task = self.bar.add_task("aligning", total=total, completed=done)
-        self.began = time.perf_counter()
+        self.begin()
 
     def __enter__(self) -> Progress:
         self.bar.start()
         return self
+
+    def begin(self) -> None:
+        """Iterations are timed from here."""
+        self.began = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
@@ -60,7 +64,8 @@ class Progress:
             print(text, flush=True)
 
     def _describe(self, row: Mapping[str, Any]) -> str:
-        pace = sum(self.seconds) / len(self.seconds)
-        left = format_duration(pace * (self.total - row["step"]))
+        mean = sum(self.seconds) / len(self.seconds)  # evaluations and checkpoints included
+        left = format_duration(mean * (self.total - row["step"]))
         numbers = f"reward {row['reward']:.4f}  spread {row['spread']:.4f}"
-        return f"{numbers}  {pace:.3g} s/it  {row['images_per_second']:.3g} images/s  {left} left"
+        pace = f"{sum(row['seconds'].values()):.3g} s/it  {row['images_per_second']:.3g} images/s"
+        return f"{numbers}  {pace}  {left} left"

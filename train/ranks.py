@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,14 @@ class Ranks:
         parts: list[Tensor | None] = [None] * self.size
         dist.all_gather_object(parts, tensor.cpu())
         return torch.cat(parts).to(tensor.device)
+
+    def gather_list(self, items: Sequence[Item]) -> list[Item]:
+        """The items of all processes, in the order of the processes."""
+        if self.size == 1:
+            return list(items)
+        parts: list[Sequence[Item]] = [()] * self.size
+        dist.all_gather_object(parts, list(items))
+        return [item for part in parts for item in part]
 
     def wait(self) -> None:
         """Until all have come here."""

@@ -12,6 +12,7 @@ import torch
 
 from realign.rewards.spec import parse_spec
 from realign_kernels import AdvantageRule, group_advantage
+from train.evaluation import EvaluationOptions
 from train.policy import PolicyOptions
 from train.prompts import DataOptions
 from train.rollouts import RolloutOptions, WindowOptions
@@ -44,7 +45,9 @@ TABLES: dict[str, type] = {
     "update": UpdateOptions,
     "advantage": AdvantageRule,
     "guards": Guards,
+    "evaluation": EvaluationOptions,
 }
+OPTIONAL = ("evaluation",)  # a table that is not there is not meant
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Recipe:
     update: UpdateOptions = field(default_factory=UpdateOptions)
     advantage: AdvantageRule = field(default_factory=lambda: AdvantageRule(clamp=5.0))
     guards: Guards = field(default_factory=Guards)
+    evaluation: EvaluationOptions | None = None
     dtype: str = "float32"
     seed: int = 0
     checkpoint_every: int = 10
@@ -82,6 +86,9 @@ class Recipe:
             torch.zeros(1), torch.zeros(1, dtype=torch.int64), 1, rule=self.advantage
         )  # checks it
         self.window.count_places(self.rollout.num_steps)
+        if self.evaluation is not None:
+            self.evaluation.find_data(self.data)
+            self.evaluation.settings(self.rollout)
         if self.update.updates > self.rollout.num_samples:
             what = f"update updates is {self.update.updates}"
             raise ValueError(f"{what}: there are {self.rollout.num_samples} samples to share among them")
@@ -92,7 +99,8 @@ class Recipe:
         try:
             table = tomllib.loads(path.read_text())
             table["advantage"] = {"clamp": 5.0, **table.get("advantage", {})}
-            parts = {name: _build(kind, name, table.pop(name, {})) for name, kind in TABLES.items()}
+            meant = {n: kind for n, kind in TABLES.items() if n in table or n not in OPTIONAL}
+            parts = {name: _build(kind, name, table.pop(name, {})) for name, kind in meant.items()}
             return _build(cls, "recipe", {**table, **parts})
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is not a recipe: {error}") from None
@@ -101,12 +109,14 @@ class Recipe:
 # By the annotation of a field; those of other kinds are checked where they are used.
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "str": ((str,), "text"),
+    "str | None": ((str,), "text"),
     "bool": ((bool,), "true or false"),
     "int": ((int,), "a whole number"),
     "int | None": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
     "float | None": ((int, float), "a number"),
     "tuple[float, float]": ((list,), "two numbers"),
+    "tuple[float, float] | None": ((list,), "two numbers"),
     "tuple[str, ...]": ((list,), "a list of texts"),
 }
 
@@ -138,10 +148,10 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_same_recipe(saved: dict[str, Any], asked: Recipe, out: Path) -> None:
-    """Raise ValueError, naming what differs, unless a run can go on under a recipe: it may be longer, and
-    write checkpoints more or less often.
+    """Raise ValueError, naming what differs, unless a run can go on under a recipe: it may be longer, write
+    checkpoints more or less often, and begin or cease to be evaluated (how it is, `train.pages` holds on to).
     """
-    free = ("iterations", "checkpoint_every")
+    free = ("iterations", "checkpoint_every", "evaluation")
     wanted = describe_recipe(asked)
     names = sorted((saved.keys() | wanted.keys()) - set(free))
     differing = [name for name in names if saved.get(name) != wanted.get(name)]

@@ -11,9 +11,11 @@ goes on from its last checkpoint and ends with the weights it would have had.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,8 @@ from realign.rewards.base import RewardError, WeightedSum
 from realign.rewards.spec import build_reward
 from realign.runtime.engine import Engine
 from realign_kernels import group_advantage
-from train.journal import Journal
 from train.measure import Clock, measure_memory, measure_pace, measure_spread, measure_updates
 from train.policy import build_policy
-from train.progress import Progress
 from train.prompts import build_source
 from train.ranks import Ranks
 from train.recipe import Recipe, check_same_recipe, describe_recipe
@@ -43,6 +43,7 @@ from train.state import (
     save_state,
 )
 from train.update import Stopped, UpdateNumbers, Updater
+from train.watch import Watch
 
 CLIP_SHARE = 0.1  # of the clip range: how far a replay that is not exact may be off
 
@@ -188,11 +189,24 @@ class Aligner:
         self.updater.num_done = numbers["updates"]
         self.policy.publish()
 
-    def export(self, folder: Path) -> None:
-        """Writes the averaged weights, adapters merged, as a checkpoint that `realign.load` reads."""
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While the engine runs on the averaged weights."""
         self.policy.publish(dict(zip(self.policy.masters, self.updater.average, strict=True)))
-        self.engine.model.save_pretrained(folder)
-        self.policy.publish()
+        try:
+            yield
+        finally:
+            self.policy.publish()
+
+    def save_model(self, folder: Path) -> None:
+        """Writes the weights that the engine runs on, adapters merged, as a checkpoint that `realign.load`
+        reads; the folder is whole or absent.
+        """
+        temporary = folder.with_name(f".{folder.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.engine.model.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
 
 
 def _list_entries(parts: Sequence[Sequence[Rollout]]) -> list[list[Entry]]:
@@ -209,18 +223,18 @@ def run(recipe: Recipe, out: Path, ranks: Ranks) -> None:
     """Aligns to the recipe's last iteration, going on from the newest checkpoint; exports to out/model."""
     aligner = Aligner(recipe, ranks)
     aligner.restore(out)
-    with ExitStack() as stack:
-        journal = stack.enter_context(Journal(out, aligner.num_done)) if ranks.is_first else None
-        progress = stack.enter_context(Progress(recipe.iterations, aligner.num_done, ranks.is_first))
+    with Watch(aligner, out) as watch:
+        watch.evaluate_if_due()
+        watch.progress.begin()
         while aligner.num_done < recipe.iterations:
-            row = aligner.iterate()
-            progress.advance(row)
-            if journal is not None:
-                journal.add_row(row)
-                if aligner.num_done % recipe.checkpoint_every == 0 or aligner.num_done == recipe.iterations:
-                    aligner.save(out)
+            watch.add_row(aligner.iterate())
+            is_last = aligner.num_done == recipe.iterations
+            if ranks.is_first and (is_last or aligner.num_done % recipe.checkpoint_every == 0):
+                aligner.save(out)
+            watch.evaluate_if_due()
     if ranks.is_first:
-        aligner.export(out / "model")
+        with aligner.averaged():
+            aligner.save_model(out / "model")
 
 
 def main() -> None:

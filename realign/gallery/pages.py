@@ -28,7 +28,8 @@ def build_pages(
     """The pages of a run as (file name, HTML), the first of them `index.html`.
 
     Args:
-        run: the content of `run.json`.
+        run: the content of `run.json`; what is in `facts` by name is shown at the head too, and `links` are
+            relative addresses by what they are called.
         records: the content of `records.jsonl`, one mapping for each picture, those of a prompt together;
             each may have `scores`, numbers by name.
         page_size: a page ends with the prompt that reaches this many pictures.
@@ -46,7 +47,8 @@ def build_pages(
             groups=groups,
             names=names,
             number=number,
-            style=_load("style.css"),
+            style=load_text("style.css"),
+            links=run.get("links", {}),
         )
         yield name, html
 
@@ -84,9 +86,8 @@ def _head(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings = run.get("settings", {})
     model = run.get("model", {})
     shown = [("model", str(model.get("name", "?")))]
-    return shown + [
-        (name.replace("_", " "), str(settings[name])) for name in HEAD_SETTINGS if name in settings
-    ]
+    shown += [(name.replace("_", " "), str(settings[name])) for name in HEAD_SETTINGS if name in settings]
+    return shown + [(name, str(value)) for name, value in run.get("facts", {}).items()]
 
 
 def _numbered(parts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -105,20 +106,27 @@ def _references(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [part for part in record["prompt"] if "image" in part]
 
 
-def _is_small(picture: Mapping[str, Any]) -> bool:
+def is_small(picture: Mapping[str, Any]) -> bool:
+    """Whether a picture is shown enlarged."""
     return max(picture["height"], picture["width"]) <= SMALL_PIXELS
 
 
-@cache
-def _load_template() -> Template:
+def build_environment() -> Environment:
+    """What the templates of this package are made with: all text is escaped, an unknown name is an error."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(link=quote, references=_references, numbered=_numbered, opening=_split_opening)
-    environment.tests["small"] = _is_small
-    return environment.from_string(_load("page.html"))
+    environment.tests["small"] = is_small
+    return environment
 
 
 @cache
-def _load(name: str) -> str:
+def _load_template() -> Template:
+    return build_environment().from_string(load_text("page.html"))
+
+
+@cache
+def load_text(name: str) -> str:
+    """A file of this package."""
     return files("realign.gallery").joinpath(name).read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -78,11 +79,11 @@ def test_a_killed_run_has_every_number_once(tmp_path: Path) -> None:
 def test_evaluations_have_pictures_and_stay_where_training_goes_back(tmp_path: Path) -> None:
     row = {"step": 0, "reward": 0.5, "rewards": {"clip": 0.25}}
     red = Image.new("RGB", (4, 3), (255, 0, 0))
-    with Journal(tmp_path, 0) as first:
+    with closing(Journal(tmp_path, 0)) as first:
         first.add_evaluation(row, {"t2i 0": red})
         first.add_row({"step": 1, **ROW})
         first.add_evaluation({**row, "step": 1}, {"t2i 0": red})
-    with Journal(tmp_path, 0) as again:
+    with closing(Journal(tmp_path, 0)) as again:
         assert again.has_evaluation(0)
         assert not again.has_evaluation(1)
         again.add_row({"step": 1, **ROW})
@@ -101,7 +102,7 @@ def test_without_tensorboard_rows_are_written_and_it_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(journal, "find_spec", lambda name: None)
-    with Journal(tmp_path, 0) as written:
+    with closing(Journal(tmp_path, 0)) as written:
         written.add_row({"step": 1, **ROW})
         written.add_evaluation({"step": 1, "reward": 1.0}, {"a": Image.new("RGB", (2, 2))})
     assert not (tmp_path / "tensorboard").exists()
@@ -114,7 +115,7 @@ def test_without_tensorboard_rows_are_written_and_it_is_said_once(
 def test_a_torn_row_is_taken_back(tmp_path: Path) -> None:
     whole = json.dumps({"step": 1, **ROW}) + "\n"
     (tmp_path / "log.jsonl").write_text(whole + '{"step": 2, "rew')
-    with Journal(tmp_path, 2):
+    with closing(Journal(tmp_path, 2)):
         assert (tmp_path / "log.jsonl").read_text() == whole
 
 
