@@ -2,12 +2,11 @@
 
     python -m train.clip train/recipes/clip-mini.toml --out runs/clip
 
-A group is a scene and variants of it with a single thing wrong, so that nearly all of the loss is between
-pictures that differ in one attribute, as the pictures of a GRPO group do. The loss is CLIP's (arXiv
-2103.00020), both ways: every caption against all pictures of the batch, every picture that has a caption
-against all captions; pictures of equal scenes are not each other's negatives. A part of the pictures has gone
-through mini's autoencoder, with noise on the latents: what generated pictures look like. Captions are those
-of IC-CoT, their objects in any order.
+Nearly all of the loss is between pictures that differ in one attribute, as the pictures of a GRPO group do
+(`train.clip_pictures`). The loss is CLIP's (arXiv 2103.00020), both ways: every caption against all pictures
+of the batch, every picture that has a caption against all captions; pictures of equal scenes are not each
+other's negatives. Beside it, one linear reader, thrown away afterwards, has to find in the embeddings of both
+towers what stands in each place: by contrast alone the towers learn bags of objects first, and places late.
 """
 
 from __future__ import annotations
@@ -29,22 +28,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from realign.libraries import import_open_clip
-from realign.model.autoencoder import Autoencoder
 from realign.model.bagel import Bagel
-from realign.world.language import write_caption
-from realign.world.render import render
-from realign.world.scene import (
-    BACKGROUNDS,
-    COLOURS,
-    MAX_OBJECTS,
-    PLACES,
-    SHAPES,
-    SIZES,
-    Scene,
-    sample_scene,
-)
-from realign.world.variants import draw_variant
+from realign.world.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene
 from realign_kernels import clip_preprocess
+from train.clip_pictures import PictureOptions, Pictures, draw_caption
 from train.state import (
     append_row,
     drop_rows_after,
@@ -65,42 +52,23 @@ class Recipe:
     """A run. Its learning rate decays by the seconds of processor time it has had, and ends after `minutes`.
 
     Attributes:
-        groups: scenes of a batch, each with `variants` pictures (itself the first).
-        captions: so many pictures of a group have a caption.
-        kinds: how often each kind of variant is drawn, relative to the others.
-        decoded: share of the groups that were through the autoencoder.
-        latent_noise: the largest deviation of the noise on their latents, which have unit variance.
-        pool: decoded groups that are kept; `fresh` of them are new in each step.
-        place_scale: what open_clip's initial positions of the picture's patches are multiplied by. As they
-            are, and with a mean over patches, an object's place hardly moves a picture's embedding, and
-            places were still at chance when shapes were learned.
+        reading: weight of the reader's loss beside that of contrast.
+        vision, text: of open_clip's `CLIP`.
+        place_scale: what the initial positions of the picture tower's attention pool are multiplied by: as
+            they come, all its heads begin by looking everywhere alike.
     """
 
-    groups: int = 16
-    variants: int = 8
-    captions: int = 4
-    kinds: Mapping[str, float] = field(
-        default_factory=lambda: {
-            "shape": 3.0, "size": 2.0, "place": 3.0, "colour": 1.5,
-            "background": 0.5, "missing": 0.7, "extra": 0.7, "swap": 1.0,
-        }
-    )  # fmt: skip
-    decoded: float = 0.5
-    latent_noise: float = 0.4
-    pool: int = 512
-    fresh: int = 1
+    pictures: PictureOptions = field(default_factory=PictureOptions)
+    reading: float = 1.0
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 0.05
     max_logit_scale: float = 50.0
     seed: int = 0
-    minutes: float = 20.0
+    minutes: float = 15.0
     vision: Mapping[str, Any] = field(
-        default_factory=lambda: {
-            "image_size": 63, "patch_size": 21, "layers": 3, "width": 160, "head_width": 32,
-            "pool_type": "tok",
-        }
-    )  # fmt: skip
+        default_factory=lambda: {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64}
+    )
     text: Mapping[str, Any] = field(
         default_factory=lambda: {
             "context_length": 40, "width": 128, "heads": 4, "layers": 3, "mlp_ratio": 2.0,
@@ -108,87 +76,13 @@ class Recipe:
         }
     )  # fmt: skip
     embed_dim: int = 256
-    place_scale: float = 16.0
+    place_scale: float = 4.0
 
     def rate(self, step: int, seconds: float) -> float:
         """The learning rate of a step that begins after so many seconds: warm-up, then a cosine to 1%."""
         share = min(seconds / (60 * self.minutes), 1.0)
         warm = min(1.0, (step + 1) / self.warmup_steps)
         return self.learning_rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
-
-
-@dataclass(frozen=True)
-class Group:
-    """A scene, and its variants; the first `captions` scenes have captions.
-
-    Attributes:
-        scenes: the first is what the others are variants of.
-        pictures_NHWC: uint8 [variants, 64, 64, 3].
-    """
-
-    scenes: tuple[Scene, ...]
-    pictures_NHWC: np.ndarray
-
-
-def draw_scenes(rng: np.random.Generator, recipe: Recipe) -> tuple[Scene, ...]:
-    """A training scene and its variants; no more objects than a caption names where they are to have one."""
-    while (anchor := sample_scene(rng, int(rng.integers(1, MAX_OBJECTS + 1)))).split != "train":
-        pass
-    kinds, weights = list(recipe.kinds), np.array(list(recipe.kinds.values()))
-    scenes = [anchor]
-    while len(scenes) < recipe.variants:
-        variant = draw_variant(rng, anchor, str(rng.choice(kinds, p=weights / weights.sum())))
-        fits = variant is not None and (len(variant.objects) <= MAX_OBJECTS or len(scenes) >= recipe.captions)
-        if fits:
-            scenes.append(variant)
-    return tuple(scenes)
-
-
-def draw_caption(rng: np.random.Generator, scene: Scene) -> str:
-    """A scene's caption, its objects in any order."""
-    return write_caption([scene.objects[i] for i in rng.permutation(len(scene.objects))], scene.background)
-
-
-class Pictures:
-    """Draws groups: rendered, or out of a pool of decoded ones that is renewed bit by bit."""
-
-    def __init__(self, recipe: Recipe, autoencoder: Autoencoder) -> None:
-        self._recipe, self._autoencoder = recipe, autoencoder
-        self._pool: list[Group] = []
-
-    def draw(self, rng: np.random.Generator) -> list[Group]:
-        """The groups of a step."""
-        recipe = self._recipe
-        while len(self._pool) < min(2 * recipe.groups, recipe.pool):
-            self._pool.append(self._decode(rng))
-        for _ in range(recipe.fresh):
-            self._pool.append(self._decode(rng))
-        del self._pool[: max(0, len(self._pool) - recipe.pool)]
-        num_decoded = round(recipe.decoded * recipe.groups)
-        chosen = [self._pool[i] for i in rng.choice(len(self._pool), num_decoded, replace=False)]
-        return chosen + [self._render(rng) for _ in range(recipe.groups - num_decoded)]
-
-    def _render(self, rng: np.random.Generator) -> Group:
-        scenes = draw_scenes(rng, self._recipe)
-        return Group(scenes, np.stack([render(scene) for scene in scenes]))
-
-    def _decode(self, rng: np.random.Generator) -> Group:
-        group = self._render(rng)
-        noise = self._recipe.latent_noise * float(rng.random())
-        return Group(group.scenes, through_autoencoder(self._autoencoder, group.pictures_NHWC, noise, rng))
-
-
-@torch.no_grad()
-def through_autoencoder(
-    autoencoder: Autoencoder, pictures_NHWC: np.ndarray, noise: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Encode, add noise of a deviation, decode. uint8 [N, 64, 64, 3] to the same."""
-    pixels = torch.from_numpy(pictures_NHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
-    with torch.autocast("cpu", torch.bfloat16):
-        latent = autoencoder.encode(pixels.contiguous(memory_format=torch.channels_last)).float()
-        random = torch.from_numpy(rng.standard_normal(tuple(latent.shape), dtype=np.float32))
-        decoded = autoencoder.decode(latent + noise * random).float()
-    return ((decoded * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def list_words() -> list[str]:
@@ -235,7 +129,7 @@ def build_model(recipe: Recipe) -> nn.Module:
     torch.manual_seed(recipe.seed)
     model = import_open_clip().CLIP(**build_config(recipe)["model_cfg"])
     with torch.no_grad():
-        model.visual.positional_embedding.mul_(recipe.place_scale)
+        model.visual.attnpool.positional_embedding.mul_(recipe.place_scale)
     return model
 
 
@@ -257,14 +151,52 @@ def contrast(
     return 0.5 * (cross_entropy(logits_MN, own_M) + cross_entropy(logits_MN[:, own_M].T, rows))
 
 
+def list_contents(scene: Scene) -> list[int]:
+    """What a reader has to say of a scene: its background; of each place shape, colour and size, 0 for none."""
+    things = {thing.cell: thing for thing in scene.objects}
+    contents = [BACKGROUNDS.index(scene.background)]
+    for cell in range(len(PLACES)):
+        thing = things.get(cell)
+        contents += (
+            (0, 0, 0)
+            if thing is None
+            else (1 + SHAPES.index(thing.shape), 1 + COLOURS.index(thing.colour), 1 + SIZES.index(thing.size))
+        )
+    return contents
+
+
+class SceneReader(nn.Module):
+    """Reads `list_contents` linearly off an embedding, of a picture or a caption."""
+
+    NUM_ANSWERS = (len(BACKGROUNDS), *(1 + len(SHAPES), 1 + len(COLOURS), 1 + len(SIZES)) * len(PLACES))
+    NUM_FACTS = (
+        6  # about what a scene has to say: the loss is per fact, not per place, most of which are empty
+    )
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.answers = nn.Linear(embed_dim, sum(self.NUM_ANSWERS))
+
+    def loss(self, embedding_ND: Tensor, contents_NQ: Tensor) -> Tensor:
+        """Cross-entropies of all questions [N, Q], added up, a fact."""
+        unit_ND = normalize(embedding_ND.float(), dim=-1) * self.embed_dim**0.5
+        answers = self.answers(unit_ND).split(self.NUM_ANSWERS, dim=-1)
+        parts = [cross_entropy(answer, contents_NQ[:, q]) for q, answer in enumerate(answers)]
+        return torch.stack(parts).sum() / self.NUM_FACTS
+
+
 class Trainer:
-    """Model, optimiser and tokenizer of a run."""
+    """Model, reader, optimiser and tokenizer of a run."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe, self.folder = recipe, folder
         self.model = build_model(recipe)
-        self.pictures = Pictures(recipe, Bagel.from_pretrained("mini", "cpu", torch.float32).autoencoder)
-        self.names = {id(p): name for name, p in self.model.named_parameters()}
+        self.reader = SceneReader(recipe.embed_dim)
+        self.trained = nn.ModuleDict({"clip": self.model, "reader": self.reader})
+        autoencoder = Bagel.from_pretrained("mini", "cpu", torch.float32).autoencoder
+        self.pictures = Pictures(recipe.pictures, autoencoder)
+        self.names = {id(p): name for name, p in self.trained.named_parameters()}
         self.optimizer = torch.optim.AdamW(self._parameters(), betas=(0.9, 0.98), eps=1e-6)
         model_folder = folder / "model"
         model_folder.mkdir(parents=True, exist_ok=True)
@@ -277,7 +209,7 @@ class Trainer:
         rest = [p for p in self.model.parameters() if p.dim() < 2]
         return [
             {"params": decay, "weight_decay": self.recipe.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
+            {"params": [*rest, *self.reader.parameters()], "weight_decay": 0.0},
         ]
 
     def step(self, number: int, seconds: float) -> float:
@@ -287,7 +219,7 @@ class Trainer:
         loss = self.loss(np.random.default_rng([self.recipe.seed, number]))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
         self.optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(self.recipe.max_logit_scale))
@@ -295,17 +227,21 @@ class Trainer:
 
     def loss(self, rng: np.random.Generator) -> Tensor:
         """The loss of one batch."""
-        recipe = self.recipe
+        options = self.recipe.pictures
         groups = self.pictures.draw(rng)
-        keys = [scene.key for group in groups for scene in group.scenes]
-        own = [g * recipe.variants + c for g in range(len(groups)) for c in range(recipe.captions)]
-        captions = [draw_caption(rng, groups[i // recipe.variants].scenes[i % recipe.variants]) for i in own]
+        scenes = [scene for group in groups for scene in group.scenes]
+        own = [g * options.variants + c for g in range(len(groups)) for c in range(options.captions)]
+        captions = [draw_caption(rng, scenes[number]) for number in own]
         pixels = torch.from_numpy(np.concatenate([group.pictures_NHWC for group in groups]))
-        is_equal = torch.tensor([[keys[m] == key for key in keys] for m in own])
+        is_equal = torch.tensor([[scenes[m].key == scene.key for scene in scenes] for m in own])
         with torch.autocast("cpu", torch.bfloat16):
-            picture_ND = self.model.encode_image(preprocess(pixels, recipe))
+            picture_ND = self.model.encode_image(preprocess(pixels, self.recipe))
             caption_MD = self.model.encode_text(self.tokenize(captions))
-        return contrast(picture_ND, caption_MD, torch.tensor(own), is_equal, self.model.logit_scale.exp())
+        scale = self.model.logit_scale.exp()
+        loss = contrast(picture_ND, caption_MD, torch.tensor(own), is_equal, scale)
+        contents = torch.tensor([list_contents(scene) for scene in scenes])
+        read = self.reader.loss(picture_ND, contents) + self.reader.loss(caption_MD, contents[own])
+        return loss + self.recipe.reading * read
 
     def save_model(self) -> None:
         """The folder that open_clip loads."""
@@ -316,7 +252,7 @@ class Trainer:
 
     def save(self, step: int, seconds: float) -> None:
         """A checkpoint; the pool of decoded pictures is not kept, a new one is drawn."""
-        tensors = dict(self.model.named_parameters()) | optimizer_tensors(self.optimizer, self.names)
+        tensors = self.trained.state_dict() | optimizer_tensors(self.optimizer, self.names)
         save_state(self.folder / "checkpoints", step, tensors, {"seconds": seconds})
         self.save_model()
 
@@ -326,9 +262,7 @@ class Trainer:
         if found is None:
             return 0, 0.0
         tensors, numbers = found
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(tensors[name])
+        self.trained.load_state_dict({name: tensors[name] for name in self.trained.state_dict()})
         load_optimizer_tensors(self.optimizer, self.names, tensors)
         return numbers["step"], numbers["seconds"]
 
@@ -361,10 +295,11 @@ def train(recipe: Recipe, folder: Path) -> None:
 def load_recipe(path: Path) -> Recipe:
     """A recipe from TOML; unknown names are refused."""
     values = tomllib.loads(path.read_text())
-    unknown = sorted(values.keys() - {f.name for f in fields(Recipe)})
-    if unknown:
-        raise ValueError(f"{path}: unknown {unknown[0]!r}")
-    return Recipe(**values)
+    for kind, table in ((Recipe, values), (PictureOptions, values.get("pictures", {}))):
+        unknown = sorted(table.keys() - {f.name for f in fields(kind)})
+        if unknown:
+            raise ValueError(f"{path}: unknown {unknown[0]!r}")
+    return Recipe(**{**values, "pictures": PictureOptions(**values.get("pictures", {}))})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

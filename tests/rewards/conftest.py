@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from realign.libraries import import_open_clip
 from realign.rewards.base import Scored
-from train.clip import CONFIG, WEIGHTS, Recipe, build_config, build_model, save_tokenizer
+from train.clip import CONFIG, WEIGHTS, Recipe, build_config, save_tokenizer
 
 TINY = Recipe(
     vision={
@@ -34,7 +35,8 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip")
     save_tokenizer(folder)
     (folder / CONFIG).write_text(json.dumps(build_config(TINY)))
-    model = build_model(TINY)
+    torch.manual_seed(0)
+    model = import_open_clip().CLIP(**build_config(TINY)["model_cfg"])
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():  # far apart embeddings: a wrong one is seen
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)

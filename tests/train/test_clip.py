@@ -4,7 +4,6 @@ open_clip alone loads.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -19,34 +18,26 @@ from realign.world.language import read_caption, write_caption
 from realign.world.oracle import judge_caption, read_pictures
 from realign.world.render import render
 from realign.world.scene import MAX_OBJECTS, sample_scene
-from train.clip import (
-    Pictures,
-    Recipe,
-    Trainer,
-    contrast,
-    draw_caption,
-    draw_scenes,
-    load_recipe,
-    through_autoencoder,
-)
+from train.clip import Recipe, SceneReader, Trainer, contrast, list_contents, load_recipe
+from train.clip_pictures import PictureOptions, Pictures, draw_caption, draw_scenes, through_autoencoder
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
 TINY = Recipe(
-    groups=2, variants=4, captions=2, pool=4, warmup_steps=2, learning_rate=3e-3,
-    vision={"image_size": 63, "patch_size": 21, "layers": 1, "width": 32, "head_width": 16},
+    PictureOptions(groups=2, variants=4, captions=2, pool=4), warmup_steps=2, learning_rate=3e-3,
+    vision={"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64},
     text={"context_length": 40, "width": 32, "heads": 2, "layers": 1, "pool_type": "argmax"}, embed_dim=32,
 )  # fmt: skip
 
 
 def test_groups_are_scenes_with_variants_that_captions_can_name():
-    rng, recipe = np.random.default_rng(0), Recipe()
+    rng, options = np.random.default_rng(0), PictureOptions()
     for _ in range(40):
-        scenes = draw_scenes(rng, recipe)
-        assert len(scenes) == recipe.variants
+        scenes = draw_scenes(rng, options)
+        assert len(scenes) == options.variants
         assert scenes[0].split == "train"
         assert all(scene != scenes[0] for scene in scenes[1:])
-        assert all(len(scene.objects) <= MAX_OBJECTS for scene in scenes[: recipe.captions])
-        assert all(read_caption(draw_caption(rng, scene)) == scene for scene in scenes[: recipe.captions])
+        assert all(len(scene.objects) <= MAX_OBJECTS for scene in scenes[: options.captions])
+        assert all(read_caption(draw_caption(rng, scene)) == scene for scene in scenes[: options.captions])
 
 
 def test_decoded_pictures_still_show_their_scenes():
@@ -59,8 +50,24 @@ def test_decoded_pictures_still_show_their_scenes():
     assert sum(right) >= 7
     difference = [np.abs(made.astype(float) - pictures).mean() for made in (near, far)]
     assert difference[0] < difference[1] < 25
-    kept = Pictures(replace(TINY, fresh=1, pool=16), autoencoder)
-    assert len(kept.draw(rng)) == TINY.groups
+    options = replace(TINY.pictures, fresh=1, pool=16)
+    assert len(Pictures(options, autoencoder).draw(rng)) == options.groups
+
+
+def test_a_reader_is_asked_what_a_scene_shows():
+    rng = np.random.default_rng(0)
+    scenes = [sample_scene(rng, 1 + number % 3) for number in range(64)]
+    contents = torch.tensor([list_contents(scene) for scene in scenes])
+    assert len({tuple(row) for row in contents.tolist()}) == len({scene.key for scene in scenes})
+    assert (contents >= 0).all()
+    assert (contents < torch.tensor(SceneReader.NUM_ANSWERS)).all()
+    assert [int((row[1::3] > 0).sum()) for row in contents] == [len(scene.objects) for scene in scenes]
+    reader = SceneReader(8)
+    with torch.no_grad():
+        reader.answers.weight.zero_()
+        reader.answers.bias.zero_()
+    expected = sum(math.log(count) for count in SceneReader.NUM_ANSWERS) / SceneReader.NUM_FACTS
+    assert float(reader.loss(torch.randn(64, 8), contents).detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_loss_is_clips_without_equal_scenes():
@@ -88,14 +95,16 @@ def test_the_rate_warms_up_and_decays():
 
 
 def test_a_run_learns_and_goes_on_where_it_was(tmp_path):
-    recipe = replace(TINY, decoded=0.0, fresh=0)  # a step is then a function of its number
+    recipe = replace(
+        TINY, pictures=replace(TINY.pictures, decoded=0.0, fresh=0)
+    )  # a step is then a function of its number
     trainer = Trainer(recipe, tmp_path)
     losses = [trainer.step(0, 0.0) for _ in range(16)]
     assert losses[-1] < losses[0] - 0.3
     trainer.save(16, 1.5)
     again = Trainer(recipe, tmp_path)
     assert again.resume() == (16, 1.5)
-    for ours, theirs in zip(trainer.model.parameters(), again.model.parameters(), strict=True):
+    for ours, theirs in zip(*(t.trained.state_dict().values() for t in (trainer, again)), strict=True):
         assert torch.equal(ours, theirs)
     first, second = (
         sorted(s["exp_avg"].sum().item() for s in t.optimizer.state.values()) for t in (trainer, again)
@@ -124,4 +133,6 @@ def test_recipes(tmp_path):
     path.write_text("learning_rte = 1.0\n")
     with pytest.raises(ValueError, match="unknown 'learning_rte'"):
         load_recipe(path)
-    assert json.loads(json.dumps(Recipe().kinds))
+    path.write_text("[pictures]\ngropus = 1\n")
+    with pytest.raises(ValueError, match="unknown 'gropus'"):
+        load_recipe(path)
