@@ -152,7 +152,7 @@ def contrast(
 
 
 def list_contents(scene: Scene) -> list[int]:
-    """What a reader has to say of a scene: its background; of each place shape, colour and size, 0 for none."""
+    """What a reader has to say of a scene: background; of each place shape, colour, size (0 for none)."""
     things = {thing.cell: thing for thing in scene.objects}
     contents = [BACKGROUNDS.index(scene.background)]
     for cell in range(len(PLACES)):

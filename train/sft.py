@@ -74,7 +74,8 @@ class Recipe:
 
     `precision` 'bfloat16' is autocast: weights, moments and the average stay float32. `compile` fuses what a
     layer does before and after attention (torch.compile: some 20 s to begin with, then a fifth off every
-    step on a CPU).
+    step on a CPU). `first_step` is where in the endless data a run begins: another gives other samples of the
+    same scenes.
     """
 
     start: str
@@ -85,6 +86,7 @@ class Recipe:
     seed: int = 0
     checkpoint_every: int = 500
     log_every: int = 20
+    first_step: int = 0
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
@@ -229,11 +231,15 @@ def check_same_recipe(saved: dict[str, Any], asked: Recipe, steps_done: int, out
         )
 
 
-def run(recipe: Recipe, out: Path, ranks: Ranks) -> None:
-    """Trains to the recipe's last step, going on from the newest checkpoint, and exports to out/model."""
+def run(recipe: Recipe, out: Path, ranks: Ranks, latents: Path | None = None) -> None:
+    """Trains to the recipe's last step, going on from the newest checkpoint, and exports to out/model.
+
+    Args:
+        latents: where the scenes' latents are, or will be; None: out/latents.
+    """
     torch.manual_seed(recipe.seed)
     model = Bagel.from_pretrained(recipe.start, device=ranks.device).train()
-    pool = build_pool(model, recipe, out, ranks)
+    pool = build_pool(model, recipe, out / "latents" if latents is None else latents, ranks)
     data = WorldData(model, recipe.mixture, pool, recipe.seed)
     packer = Packer(model.tokenizer, model.config.vit.patch_dim, model.config.latent_dim)
     trainer = Trainer(model, recipe, ranks)
@@ -243,7 +249,8 @@ def run(recipe: Recipe, out: Path, ranks: Ranks) -> None:
     steps = recipe.optimization.steps
     with Log(out / "log.jsonl", steps, trainer.steps_done, is_shown=ranks.rank == 0) as log:
         while trainer.steps_done < steps:
-            batch = packer.pack(data.step_samples(trainer.steps_done, ranks.rank, ranks.size), PACK_MULTIPLE)
+            number = recipe.first_step + trainer.steps_done
+            batch = packer.pack(data.step_samples(number, ranks.rank, ranks.size), PACK_MULTIPLE)
             numbers = trainer.step(batch)
             done = trainer.steps_done
             log.advance(
@@ -261,12 +268,12 @@ def compile_layers() -> None:
         setattr(MoTLayer, half, torch.compile(getattr(MoTLayer, half), dynamic=True))
 
 
-def build_pool(model: Bagel, recipe: Recipe, out: Path, ranks: Ranks) -> LatentPool:
+def build_pool(model: Bagel, recipe: Recipe, folder: Path, ranks: Ranks) -> LatentPool:
     """The scenes' latents; the first process encodes them, the others wait."""
     if ranks.rank == 0:
-        LatentPool(out / "latents", model, recipe.mixture.num_scenes, recipe.seed)
+        LatentPool(folder, model, recipe.mixture.num_scenes, recipe.seed)
     ranks.wait()
-    return LatentPool(out / "latents", model, recipe.mixture.num_scenes, recipe.seed)
+    return LatentPool(folder, model, recipe.mixture.num_scenes, recipe.seed)
 
 
 class Log:

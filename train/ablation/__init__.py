@@ -1,0 +1,1 @@
+"""Re-Align's ablation in miniature: `python -m train.ablation --out runs/ablation`, or `make ablation`."""
