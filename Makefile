@@ -1,6 +1,7 @@
 # make demo      set up, then prompts with pictures through reasoning to pictures, on the embedded model
 # make test      set up, then all tests          make test ARGS="tests/kernels -x"
 # make install   set up: .venv, dependencies, this package, the compiled extension where a compiler is
+# make ablation  Re-Align's ablation on the embedded world: some hours on two cores; it goes on where it was stopped
 # make bench     time the ops on the CPU against plain torch and libraries
 # make lint      check style
 # make clean     remove what was built, .venv included
@@ -25,7 +26,7 @@ HAS_TORCH := import sys; from importlib.metadata import version; \
 BUILD_TOOLS := "setuptools>=70" wheel "pybind11>=2.13"
 SOURCES := pyproject.toml setup.py MANIFEST.in $(wildcard csrc/*)
 
-.PHONY: install test demo bench lint clean
+.PHONY: install test demo ablation bench lint clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -35,6 +36,9 @@ test: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/realign demo --out demo $(ARGS)
+
+ablation: $(STAMP)
+	$(BIN)/python -m train.ablation --out runs/ablation $(ARGS)
 
 bench: $(BENCH_STAMP)
 	$(BIN)/python -m bench $(ARGS)
