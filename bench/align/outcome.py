@@ -52,7 +52,7 @@ class Agreement:
 
 # What is allowed in float32. Pictures: rounding, where a level lies between two. Rewards follow the pictures.
 # Gradients: a reward's difference is divided by the spread of its group, which is small.
-BOUNDS = Agreement(1e-3, 2, 1e-5, 1e-3, 2e-2)
+BOUNDS = Agreement(1e-4, 1, 1e-6, 1e-4, 1e-3)
 
 
 def compare(ours: Outcome, theirs: Outcome) -> Agreement:
