@@ -37,6 +37,7 @@ class Journal:
         out.mkdir(parents=True, exist_ok=True)
         for path in (self.log, self.evaluations):
             drop_rows_after(path, step)
+        self.is_new = not (out / EVENTS).exists()
         self.events = _open_events(out / EVENTS, step)
 
     def close(self) -> None:
@@ -44,8 +45,8 @@ class Journal:
             self.events.close()
 
     def add_recipe(self, recipe: Mapping[str, Any]) -> None:
-        """For TensorBoard's text page."""
-        if self.events is not None:
+        """For TensorBoard's text page, once."""
+        if self.events is not None and self.is_new:
             said = json.dumps(recipe, indent=2, ensure_ascii=False)
             self.events.add_text("recipe", "".join(f"    {line}\n" for line in said.splitlines()), 0)
 

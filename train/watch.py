@@ -34,8 +34,7 @@ class Watch:
         self.journal = self.pages = None
         if ranks.is_first:
             self.journal = Journal(out, aligner.num_done)
-            if not aligner.num_done:
-                self.journal.add_recipe(describe_recipe(recipe))
+            self.journal.add_recipe(describe_recipe(recipe))
             if self.evaluator is not None:
                 self.pages = Pages(out, _describe_run(recipe, self.evaluator))
         self.progress = Progress(recipe.iterations, aligner.num_done, ranks.is_first)

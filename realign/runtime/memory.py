@@ -24,7 +24,7 @@ def read_peak_mb(device: torch.device) -> float:
     """MB (2^20 bytes): on CUDA what torch had allocated, else what the process held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if STATUS.exists():
+    if STATUS.exists() and "VmHWM" in STATUS.read_text():  # not every system of that name has it
         return _read_status_mb("VmHWM")
     unit = 2**20 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

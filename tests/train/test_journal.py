@@ -48,6 +48,8 @@ def test_a_run_in_pieces_has_every_number_once(tmp_path: Path) -> None:
         run(recipe, tmp_path / "out", Ranks())
     assert_events_are_the_rows(tmp_path / "out")
     assert len(list((tmp_path / "out" / "tensorboard").iterdir())) == 2, "one file for each part of the run"
+    [text] = read_events(tmp_path / "out").Tensors("recipe/text_summary")
+    assert b"brightness*2" in text.tensor_proto.string_val[0]
     wanted = {
         "reward", "spread", "degenerate", "distinct_chains", "failures", "ratio_mean", "ratio_min",
         "ratio_max", "clipped_low", "clipped_high", "kl", "grad_norm", "lr", "images_per_second", "memory_gb",

@@ -24,6 +24,7 @@ from tests.train.rga_runs import (
     write_recipe,
 )
 from train import state
+from train.journal import load_rows
 from train.ranks import Ranks
 from train.recipe import Recipe
 from train.rga import Aligner, Stopped, main, run
@@ -132,7 +133,8 @@ def test_a_full_disk_stops_the_run_in_one_line_and_costs_nothing(
 @pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     """Groups span them; up to rounding: sums over entries are taken in another order."""
-    path = write_recipe(tmp_path / "recipe.toml", FULL)
+    evaluated = {"evaluation": {"every": 2, "num_prompts": 3, "temperature": 1.0}}
+    path = write_recipe(tmp_path / "recipe.toml", FULL, evaluated)
     run(Recipe.load(path), tmp_path / "one", Ranks())
     launcher = ("torch.distributed.run", "--nproc-per-node=2", "--master-port=29617", "-m")
     process = start(path, tmp_path / "two", launcher, stdout=subprocess.DEVNULL)
@@ -144,6 +146,14 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
         assert second["first_ratio_error"] == 0
         for name in ("reward", "spread", "ratio_mean", "grad_norm", "distinct_chains"):
             assert second[name] == pytest.approx(first[name], rel=1e-3), name
+    first, second = (load_rows(tmp_path / name / "evaluations.jsonl") for name in ("one", "two"))
+    assert [row["step"] for row in second] == [row["step"] for row in first] == [0, 2]
+    assert second[0]["reward"] == first[0]["reward"], "the weights are the same, and so are all samples"
+    assert second[1]["reward"] == pytest.approx(first[1]["reward"], rel=1e-3)
+    shown = {p.relative_to(tmp_path / "one") for p in (tmp_path / "one" / "evaluations").rglob("*.png")}
+    assert shown == {
+        p.relative_to(tmp_path / "two") for p in (tmp_path / "two" / "evaluations").rglob("*.png")
+    }
 
 
 def test_a_checkpoint_holds_masters_moments_and_the_average(tmp_path: Path) -> None:
