@@ -13,7 +13,6 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,11 +23,11 @@ from bench.align.rows import ITERATION, SCORING
 from bench.align.targets import CPU_TARGETS, GPU_TARGETS
 from bench.align.workloads import (
     LARGE_CLIP,
+    MINI_CLIP,
     VARIANTS,
     Sizes,
     build_large,
     build_mini,
-    find_clip,
     make_random_clip,
 )
 from bench.generate.__main__ import find_conditions, print_table
@@ -95,10 +94,8 @@ def measure_all(options: argparse.Namespace, folder: Path) -> Iterator[Report]:
         spec = make_random_clip(LARGE_CLIP, folder)
         yield measure_scoring(spec, device, SCORED[device.type], options.turns)
     elif options.model == "mini":
-        clip, name = find_clip(folder)
-        recipe = build_mini(clip, options.variant, sizes)
-        report = measure_with_baseline(recipe, options.variant, options.turns, clip)
-        yield replace(report, what=f"{report.what}, rewards by {name}")
+        recipe = build_mini(options.variant, sizes)
+        yield measure_with_baseline(recipe, options.variant, options.turns, MINI_CLIP)
     else:
         prompts = folder / "prompts.txt"
         prompts.write_text(f"{PROMPT}\n")

@@ -34,7 +34,7 @@ def describe(recipe: Recipe) -> str:
     return (
         f"{rollout.prompts} prompts x {rollout.group} samples, reasoning {rollout.reasoning}, "
         f"{rollout.num_timesteps} timesteps, window {recipe.window.size} ({recipe.window.rule}), "
-        f"{trained}, one update"
+        f"{trained}, one update, reward {':'.join(recipe.reward.split(':')[:2])}"
     )
 
 

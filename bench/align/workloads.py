@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,15 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 from realign.libraries import import_open_clip
-from realign.rewards.clip_models import find_mini
-from train import clip
 from train.policy import PolicyOptions
 from train.prompts import DataOptions
 from train.recipe import Guards, Recipe
 from train.rollouts import RolloutOptions, WindowOptions
 from train.update import UpdateOptions
 
-LARGE_CLIP = "ViT-L-14"
+MINI_CLIP, LARGE_CLIP = "mini", "ViT-L-14"
 VARIANTS = ("unguided", "guided")
 GUIDED = {"text_scale": 4.0, "interval": (0.4, 1.0)}  # `realign generate`'s
 
@@ -36,7 +33,7 @@ class Sizes:
         return replace(rollout, **given)
 
 
-def build_mini(clip_spec: str, variant: str, sizes: Sizes) -> Recipe:
+def build_mini(variant: str, sizes: Sizes) -> Recipe:
     """mini: 8 in-context prompts, 12 samples of each, every one with an IC-CoT of its own (RID), 11
     timesteps, 2 steps with noise; all of the generation expert trained by one update.
     """
@@ -45,7 +42,7 @@ def build_mini(clip_spec: str, variant: str, sizes: Sizes) -> Recipe:
         rollout = replace(rollout, **GUIDED)
     return Recipe(
         "mini",
-        f"clip:{clip_spec}",
+        f"clip:{MINI_CLIP}",
         1,
         DataOptions(tasks=("in_context",)),
         sizes.fit(rollout),
@@ -78,26 +75,11 @@ def build_large(clip_spec: str, prompts: Path, sizes: Sizes) -> Recipe:
     )
 
 
-def find_clip(folder: Path) -> tuple[str, str]:
-    """The mini CLIP and what to call it: the one that is shipped, or one of its size without training."""
-    if find_mini().is_dir():
-        return "mini", "mini CLIP"
-    recipe, model = clip.Recipe(), folder / "clip"
-    model.mkdir()
-    clip.save_tokenizer(model)
-    (model / clip.CONFIG).write_text(json.dumps(clip.build_config(recipe)))
-    save_weights(clip.build_model(recipe), model / clip.WEIGHTS)
-    return str(model), "an untrained CLIP of its size"
-
-
 def make_random_clip(name: str, folder: Path) -> str:
     """The spec of a CLIP of open_clip's with random weights."""
     torch.manual_seed(0)
     path = folder / f"{name}.safetensors"
-    save_weights(import_open_clip().create_model(name, pretrained=None), path)
+    model = import_open_clip().create_model(name, pretrained=None)
+    tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    save_file(tensors, path)
     return f"{name}:{path}"
-
-
-def save_weights(model: torch.nn.Module, path: Path) -> None:
-    """As open_clip reads them."""
-    save_file({name: value.detach().contiguous() for name, value in model.state_dict().items()}, path)

@@ -19,7 +19,7 @@ from bench.align.report import describe_row
 from bench.align.rows import read_rows
 from bench.align.scoring import OneByOne
 from bench.align.targets import CPU_TARGETS, GPU_TARGETS
-from bench.align.workloads import Sizes, build_large, build_mini, find_clip
+from bench.align.workloads import MINI_CLIP, Sizes, build_large, build_mini
 from bench.generate.clock import Clock, NoClock
 from bench.generate.models import build_random, load_model
 from bench.generate.report import Conditions
@@ -34,11 +34,6 @@ from train.recipe import Recipe
 
 CPU = torch.device("cpu")
 CONDITIONS = Conditions("mini", "float32", "a chip", 1, 0.0, "2.13", "abc")
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return find_clip(tmp_path_factory.mktemp("clip"))[0]
 
 
 def shorten(recipe: Recipe, **changes: object) -> Recipe:
@@ -85,12 +80,12 @@ def test_another_rule_is_refused() -> None:
         move(noise, list_times(Settings(num_timesteps=3)), 0, sample_LC, sample_LC)
 
 
-def test_an_iteration_gives_what_the_baselines_gives(clip: str) -> None:
+def test_an_iteration_gives_what_the_baselines_gives() -> None:
     """Texts, pictures, log-probs, rewards, and the gradient of every weight; with guidance and references."""
-    recipe = shorten(build_mini(clip, "guided", Sizes(1, 2)), num_timesteps=7)
+    recipe = shorten(build_mini("guided", Sizes(1, 2)), num_timesteps=7)
     ours = Ours(recipe, CPU)
     outcome = ours.iterate(NoClock())
-    trainer = ReferenceTrainer(load_start(recipe), recipe, OneByOne(clip, CPU))
+    trainer = ReferenceTrainer(load_start(recipe), recipe, OneByOne(MINI_CLIP, CPU))
     before = {name: torch.cat(parts).detach().clone() for name, parts in trainer.weights.items()}
     theirs = trainer.iterate(ours.requests, NoClock())
     found = compare(outcome, theirs)
@@ -151,12 +146,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         command.main(["--model", "bagel-7b"])
 
 
-def test_the_large_workload_small(tmp_path: Path, clip: str) -> None:
+def test_the_large_workload_small(tmp_path: Path) -> None:
     """What a GPU is to run, by a model of mini's size with random weights."""
     (tmp_path / "prompts.txt").write_text("a small brass telescope\n")
-    recipe = build_large(clip, tmp_path / "prompts.txt", Sizes(group=3))
+    recipe = build_large(MINI_CLIP, tmp_path / "prompts.txt", Sizes(group=3))
     assert (recipe.rollout.height, recipe.rollout.num_timesteps, recipe.window.size) == (512, 15, 2)
-    assert build_large(clip, tmp_path / "prompts.txt", Sizes()).rollout.num_samples == 24
+    assert build_large(MINI_CLIP, tmp_path / "prompts.txt", Sizes()).rollout.num_samples == 24
     recipe = shorten(recipe, height=64, width=64, num_timesteps=10, max_tokens=8)
     mini = load_model("mini", CPU, torch.float32)
     config = replace(mini.config, name="bagel-7b, random weights", max_latent_size=32)
@@ -171,8 +166,8 @@ def test_the_large_workload_small(tmp_path: Path, clip: str) -> None:
     assert "samples/s" in describe_row(row)
 
 
-def test_scoring_small(clip: str) -> None:
-    report = measure_scoring(clip, CPU, (3, 2, 64), 1)
+def test_scoring_small() -> None:
+    report = measure_scoring(MINI_CLIP, CPU, (3, 2, 64), 1)
     engine, baseline = report.make_rows(CONDITIONS, "a command")
     assert (engine.workload, engine.variant, engine.samples, baseline.samples) == ("clip", "64x64", 3, 3)
     assert engine.samples_per_s == pytest.approx(3 / engine.seconds, rel=1e-3)
