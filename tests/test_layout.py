@@ -40,7 +40,7 @@ ALLOWED = {
 }
 EXTRAS = {  # what a package may import beside the project's dependencies
     "realign_kernels": ("triton",),
-    "train": ("ablation",),
+    "train": ("ablation", "deepspeed"),
     "bench": ("triton", "test", "bench"),
     "tests": ("triton", "tensorboard", "test"),
 }

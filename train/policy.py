@@ -7,7 +7,7 @@ through the model are added up in the masters' own, in float32, however many for
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -51,20 +51,30 @@ class Policy(ABC):
     """Masters by name, and how they get into the engine.
 
     Attributes:
-        masters: float32, on the model's device.
+        masters: float32, on the model's device; where processes share them, each holds its part alone.
+        leaves: by the masters' names, what the engine runs on: whole on every process.
+        read_masters: the masters, whole, some tensors at a time.
+        is_sharded: whether `shard` was called: gradients stay with the leaves then.
         checkpointing: as in `PolicyOptions`.
     """
 
     masters: dict[str, nn.Parameter]
+    leaves: dict[str, nn.Parameter]
+    is_sharded = False
     checkpointing = False
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.read_masters: Callable[[], Iterable[Mapping[str, Tensor]]] = lambda: [self.masters]
         engine.model.requires_grad_(False)
 
-    def publish(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+    def publish(self, pieces: Iterable[Mapping[str, Tensor]] | None = None) -> None:
         """Let the engine run on these tensors, by default the masters."""
-        self._publish({k: v.detach() for k, v in (self.masters if tensors is None else tensors).items()})
+        self._publish(self.read_masters() if pieces is None else pieces)
+
+    def shard(self, read_masters: Callable[[], Iterable[Mapping[str, Tensor]]]) -> None:
+        """From now on the masters are apart from the leaves, and their values come from `read_masters`."""
+        self.is_sharded, self.read_masters = True, read_masters
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -80,7 +90,7 @@ class Policy(ABC):
         """A context in which what the model computes has a gradient, that goes to the masters."""
 
     @abstractmethod
-    def _publish(self, tensors: Mapping[str, Tensor]) -> None: ...
+    def _publish(self, pieces: Iterable[Mapping[str, Tensor]]) -> None: ...
 
     @abstractmethod
     def _publish_reference(self) -> None: ...
@@ -96,30 +106,32 @@ class FullPolicy(Policy):
 
     def __init__(self, engine: Engine, keeps_reference: bool, trains_text: bool = False) -> None:
         super().__init__(engine)
-        self.weights = {
+        self.leaves = {
             name: parameter
             for name, parameter in engine.model.named_parameters()
             if is_generation(name) or (trains_text and is_understanding(name))
         }
-        self.masters = {n: nn.Parameter(p.detach().float().clone()) for n, p in self.weights.items()}
-        self.start = {n: p.detach().to("cpu", copy=True) for n, p in self.weights.items() if keeps_reference}
+        self.masters = {n: nn.Parameter(p.detach().float().clone()) for n, p in self.leaves.items()}
+        self.start = {n: p.detach().to("cpu", copy=True) for n, p in self.leaves.items() if keeps_reference}
 
     @contextmanager
     def differentiate(self) -> Iterator[None]:
         hooks = []
-        for name, weight in self.weights.items():
+        for name, weight in self.leaves.items():
             weight.requires_grad_(True)
-            hooks.append(weight.register_post_accumulate_grad_hook(_move_to(self.masters[name])))
+            if not self.is_sharded:
+                hooks.append(weight.register_post_accumulate_grad_hook(_move_to(self.masters[name])))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-            for weight in self.weights.values():
+            for weight in self.leaves.values():
                 weight.requires_grad_(False)
 
-    def _publish(self, tensors: Mapping[str, Tensor]) -> None:
-        self.engine.publish(tensors)
+    def _publish(self, pieces: Iterable[Mapping[str, Tensor]]) -> None:
+        for piece in pieces:
+            self.engine.publish({name: tensor.detach() for name, tensor in piece.items()})
 
     def _publish_reference(self) -> None:
         assert self.start
@@ -142,13 +154,24 @@ class LoRAPolicy(Policy):
         self.masters = {}
         for name, adapter in self.adapters.items():
             self.masters |= {f"{name}.down": adapter.down_RI, f"{name}.up": adapter.up_OR}
+        self.leaves = dict(self.masters)
+
+    def shard(self, read_masters: Callable[[], Iterable[Mapping[str, Tensor]]]) -> None:
+        super().shard(read_masters)
+        self.masters = {name: nn.Parameter(leaf.detach().clone()) for name, leaf in self.leaves.items()}
 
     @contextmanager
     def differentiate(self) -> Iterator[None]:
         with attach_adapters(self.engine.model, self.adapters, self.scale):
             yield
 
-    def _publish(self, tensors: Mapping[str, Tensor]) -> None:
+    @torch.no_grad()
+    def _publish(self, pieces: Iterable[Mapping[str, Tensor]]) -> None:
+        """All adapters at once: those that are left out of a publish would be taken out of the model."""
+        tensors: dict[str, Tensor] = {}
+        for piece in pieces:
+            for name, tensor in piece.items():
+                tensors[name] = self.leaves[name].copy_(tensor) if self.is_sharded else tensor.detach()
         lora = {
             name: LoRA(tensors[f"{name}.down"], tensors[f"{name}.up"], self.scale) for name in self.adapters
         }

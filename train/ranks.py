@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -24,18 +25,21 @@ class Ranks:
 
     @classmethod
     def join(cls, device: str = "auto") -> Ranks:
-        """From torchrun's environment, or alone; "auto" is a GPU for each process where there are any.
+        """From a launcher's environment, or alone; "auto" is a GPU for each process where there are any.
 
         Raises: ValueError for a device that is not there.
         """
         if device == "auto":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         _check_device(device)
         if "RANK" not in os.environ:
             return cls(device=device)
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # The others wait while the first writes a checkpoint.
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     @property
@@ -45,7 +49,10 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """Adds up over the processes, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            there = tensor.to(self.device)  # GPUs add up what lies on them alone
+            dist.all_reduce(there)
+            if there is not tensor:
+                tensor.copy_(there)
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:

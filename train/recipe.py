@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from realign_kernels import AdvantageRule, group_advantage
 from train.evaluation import EvaluationOptions
 from train.policy import PolicyOptions
 from train.prompts import DataOptions
+from train.ranks import Ranks
 from train.rollouts import RolloutOptions, WindowOptions
 from train.update import UpdateOptions
+from train.zero import ScaleOptions
 
 DTYPES = ("float32", "bfloat16")
 
@@ -46,6 +49,7 @@ TABLES: dict[str, type] = {
     "advantage": AdvantageRule,
     "guards": Guards,
     "evaluation": EvaluationOptions,
+    "scale": ScaleOptions,
 }
 OPTIONAL = ("evaluation",)  # a table that is not there is not meant
 
@@ -71,6 +75,7 @@ class Recipe:
     advantage: AdvantageRule = field(default_factory=lambda: AdvantageRule(clamp=5.0))
     guards: Guards = field(default_factory=Guards)
     evaluation: EvaluationOptions | None = None
+    scale: ScaleOptions = field(default_factory=ScaleOptions)
     dtype: str = "float32"
     seed: int = 0
     checkpoint_every: int = 10
@@ -93,17 +98,50 @@ class Recipe:
             what = f"update updates is {self.update.updates}"
             raise ValueError(f"{what}: there are {self.rollout.num_samples} samples to share among them")
 
+    def check_spread(self, ranks: Ranks) -> None:
+        """Raise ValueError, before anything is loaded, unless these processes can run this together."""
+        self.scale.check(ranks)
+        least = self.rollout.num_samples // self.update.updates
+        if least < ranks.size:
+            what = f"rollout has {self.rollout.num_samples} samples for {self.update.updates} updates"
+            raise ValueError(f"{what}: {ranks.size} processes need one each; raise prompts or group")
+
     @classmethod
-    def load(cls, path: Path) -> Recipe:
-        """Reads a TOML recipe. Raises: ValueError, in one line, for one that cannot be run."""
+    def load(cls, path: Path, changes: Sequence[str] = ()) -> Recipe:
+        """Reads a TOML recipe, changed as `change_table` does. Raises: ValueError, in one line, for one that
+        cannot be run.
+        """
         try:
             table = tomllib.loads(path.read_text())
+            for change in changes:
+                change_table(table, change)
             table["advantage"] = {"clamp": 5.0, **table.get("advantage", {})}
             meant = {n: kind for n, kind in TABLES.items() if n in table or n not in OPTIONAL}
             parts = {name: _build(kind, name, table.pop(name, {})) for name, kind in meant.items()}
             return _build(cls, "recipe", {**table, **parts})
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is not a recipe: {error}") from None
+
+
+def change_table(table: dict[str, Any], change: str) -> None:
+    """Sets one value of a recipe: `seed=1`, `update.learning_rate=1e-5`, `data={prompts="mine.jsonl"}`. What
+    is no TOML is text, such as a path without quotes.
+
+    Raises: ValueError for what is no such thing.
+    """
+    name, equals, text = change.partition("=")
+    *parents, key = name.strip().split(".")
+    if not equals or not key or len(parents) > 1:
+        raise ValueError(f"{change!r} is no change: must be NAME=VALUE or TABLE.NAME=VALUE")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"{change!r} is no change: {parent} is no table")
+    table[key] = value
 
 
 # By the annotation of a field; those of other kinds are checked where they are used.
@@ -149,9 +187,10 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def check_same_recipe(saved: dict[str, Any], asked: Recipe, out: Path) -> None:
     """Raise ValueError, naming what differs, unless a run can go on under a recipe: it may be longer, write
-    checkpoints more or less often, and begin or cease to be evaluated (how it is, `train.pages` holds on to).
+    checkpoints more or less often, be spread otherwise, and begin or cease to be evaluated (how it is,
+    `train.pages` holds on to).
     """
-    free = ("iterations", "checkpoint_every", "evaluation")
+    free = ("iterations", "checkpoint_every", "scale", "evaluation")
     wanted = describe_recipe(asked)
     names = sorted((saved.keys() | wanted.keys()) - set(free))
     differing = [name for name in names if saved.get(name) != wanted.get(name)]

@@ -10,7 +10,6 @@ goes on from its last checkpoint and ends with the weights it would have had.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -29,6 +28,7 @@ from realign.rewards.base import RewardError, WeightedSum
 from realign.rewards.spec import build_reward
 from realign.runtime.engine import Engine
 from realign_kernels import group_advantage
+from train.command import build_parser, load_recipe
 from train.measure import Clock, measure_memory, measure_pace, measure_spread, measure_updates
 from train.policy import build_policy
 from train.prompts import build_source
@@ -36,12 +36,7 @@ from train.ranks import Ranks
 from train.recipe import Recipe, check_same_recipe, describe_recipe
 from train.replay import Entry, Replayer, list_entries
 from train.rollouts import Roller, Rollout, cut_parts, describe, score
-from train.state import (
-    load_optimizer_tensors,
-    load_state,
-    optimizer_tensors,
-    save_state,
-)
+from train.state import load_state, save_state
 from train.update import Stopped, UpdateNumbers, Updater
 from train.watch import Watch
 
@@ -57,14 +52,14 @@ class Aligner:
 
     def __init__(self, recipe: Recipe, ranks: Ranks, model: Bagel | None = None) -> None:
         self.recipe, self.ranks = recipe, ranks
-        if model is None:
+        source = build_source(recipe.data, recipe.seed)
+        self.reward: WeightedSum = build_reward(recipe.reward, ranks.device)
+        if model is None:  # last, as it takes longest, and what is wrong with others is said before
             model = Bagel.from_pretrained(recipe.start, ranks.device, getattr(torch, recipe.dtype))
         self.engine = Engine(model, PROGRAMS, record=True)
-        self.reward: WeightedSum = build_reward(recipe.reward, ranks.device)
-        source = build_source(recipe.data, recipe.seed)
         self.roller = Roller(self.engine, source, recipe.rollout, recipe.window, recipe.seed)
         self.policy = build_policy(self.engine, recipe.policy, recipe.update.kl_beta > 0, recipe.seed)
-        self.updater = Updater(self.policy, Replayer(self.engine), recipe.update, ranks)
+        self.updater = Updater(self.policy, Replayer(self.engine), recipe.update, ranks, recipe.scale)
         self.num_done = 0
         self.num_collapsed = 0
 
@@ -159,14 +154,12 @@ class Aligner:
             raise Stopped(f"{what}: there is nothing to learn from; look at the samples and the reward")
 
     def save(self, out: Path) -> None:
-        """Everything that the next iteration needs, atomically, under out/checkpoints."""
-        names = {id(p): name for name, p in self.policy.masters.items()}
-        tensors = {f"master.{name}": p for name, p in self.policy.masters.items()}
-        pairs = zip(self.policy.masters, self.updater.average, strict=True)
-        tensors |= {f"average.{name}": average for name, average in pairs}
-        tensors |= optimizer_tensors(self.updater.optimizer, names)
+        """Everything that the next iteration needs, atomically, under out/checkpoints; of all processes."""
+        tensors = self.updater.optimizer.tensors()
         numbers = {"recipe": describe_recipe(self.recipe), "collapsed": self.num_collapsed}
-        save_state(out / "checkpoints", self.num_done, tensors, {**numbers, "updates": self.updater.num_done})
+        if self.ranks.is_first:
+            numbers["updates"] = self.updater.num_done
+            save_state(out / "checkpoints", self.num_done, tensors, numbers)
 
     @torch.no_grad()
     def restore(self, out: Path) -> None:
@@ -180,11 +173,7 @@ class Aligner:
             return
         tensors, numbers = state
         check_same_recipe(numbers["recipe"], self.recipe, out)
-        for (name, master), average in zip(self.policy.masters.items(), self.updater.average, strict=True):
-            master.copy_(tensors[f"master.{name}"])
-            average.copy_(tensors[f"average.{name}"])
-        names = {id(p): name for name, p in self.policy.masters.items()}
-        load_optimizer_tensors(self.updater.optimizer, names, tensors)
+        self.updater.optimizer.load(tensors)
         self.num_done, self.num_collapsed = numbers["step"], numbers["collapsed"]
         self.updater.num_done = numbers["updates"]
         self.policy.publish()
@@ -192,7 +181,7 @@ class Aligner:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """While the engine runs on the averaged weights."""
-        self.policy.publish(dict(zip(self.policy.masters, self.updater.average, strict=True)))
+        self.policy.publish(self.updater.optimizer.averages())
         try:
             yield
         finally:
@@ -229,31 +218,22 @@ def run(recipe: Recipe, out: Path, ranks: Ranks) -> None:
         while aligner.num_done < recipe.iterations:
             watch.add_row(aligner.iterate())
             is_last = aligner.num_done == recipe.iterations
-            if ranks.is_first and (is_last or aligner.num_done % recipe.checkpoint_every == 0):
+            if is_last or aligner.num_done % recipe.checkpoint_every == 0:
                 aligner.save(out)
             watch.evaluate_if_due()
-    if ranks.is_first:
-        with aligner.averaged():
+    with aligner.averaged():
+        if ranks.is_first:
             aligner.save_model(out / "model")
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--iterations", type=int, help="another number of iterations than the recipe's")
-    parser.add_argument(
-        "--device", default="auto", help="such as cpu or cuda (default: cuda where there is one)"
-    )
+    parser = build_parser(__doc__)
     args = parser.parse_args()
     try:
         ranks = Ranks.join(args.device)
-        recipe = Recipe.load(args.recipe)
-        if args.iterations is not None:
-            recipe = replace(recipe, iterations=args.iterations)
+        recipe = load_recipe(args)
+        recipe.check_spread(ranks)
         run(recipe, args.out, ranks)
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

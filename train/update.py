@@ -8,14 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from realign_kernels import RatioGuard, VelocityKL, grpo_loss
+from train.optimizer import AveragedAdamW
 from train.policy import Policy, checkpoint_layers
 from train.ranks import Ranks
 from train.replay import PACKINGS, Entry, Replayed, Replayer, pack_entries
+from train.zero import ScaleOptions, build_optimizer
 
 KL_SPACES = ("velocity", "mean")
 
@@ -99,17 +102,23 @@ class UpdateNumbers:
 class Updater:
     """Changes a policy by entries and their advantages."""
 
-    def __init__(self, policy: Policy, replayer: Replayer, options: UpdateOptions, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        replayer: Replayer,
+        options: UpdateOptions,
+        ranks: Ranks,
+        scale: ScaleOptions = ScaleOptions(),  # noqa: B008 (frozen)
+    ) -> None:
         self.policy, self.replayer, self.options, self.ranks = policy, replayer, options, ranks
-        self.parameters = list(policy.masters.values())
-        self.average = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
+        build = partial(
+            AveragedAdamW,
+            has_average=options.ema_decay > 0,
             lr=options.learning_rate,
             betas=tuple(options.betas),
             weight_decay=options.weight_decay,
-            fused=True,
         )
+        self.optimizer = build_optimizer(policy, build, options.grad_clip, ranks, scale)
         self.num_done = 0
 
     @torch.no_grad()
@@ -162,6 +171,7 @@ class Updater:
             denominator=count,
         )
         loss.backward()
+        self.optimizer.collect()
         difference_N = replayed.logprob_N.detach() - replayed.old_logprob_N
         kl_N = torch.zeros_like(difference_N) if metrics.kl_N is None else metrics.kl_N
         return torch.stack((metrics.ratio_N, kl_N, difference_N.square() / 2), dim=1).float().cpu()
@@ -187,27 +197,15 @@ class Updater:
 
         Without a gradient (all groups degenerate) nothing is changed, by momentum and decay neither.
         """
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            self.ranks.sum(parameter.grad)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.options.grad_clip))
+        rate, decay = self.options.rate(self.num_done), self.options.average(self.num_done + 1)
+        norm = self.optimizer.step(rate, decay)
         if not math.isfinite(norm):
             raise Stopped(f"the gradient's norm is {norm}: lower the learning rate, or look at the rewards")
         if norm > 0:
-            self._change_weights()
-        self.optimizer.zero_grad(set_to_none=True)
+            self.num_done += 1
+            self.replayer.forget()
+            self.policy.publish()
         return norm
-
-    def _change_weights(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.rate(self.num_done)
-        self.optimizer.step()
-        self.num_done += 1
-        with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.parameters, 1 - self.options.average(self.num_done))
-        self.replayer.forget()
-        self.policy.publish()
 
     def _pack(self, entries: Sequence[Entry]) -> list[list[Entry]]:
         return pack_entries(entries, self.options.packing, self.options.micro_batch)

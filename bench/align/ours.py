@@ -88,7 +88,7 @@ class Ours:
         _tell(aligner.roller, "roll", lambda rollouts: self.rollouts.extend(rollouts))
         _tell(aligner.reward, "score_parts", lambda parts: self.rewards.append(sum(parts.values())))
         if self.keeps_gradients:
-            aligner.updater.optimizer.register_step_pre_hook(self._keep_gradients)
+            aligner.updater.optimizer.adamw.register_step_pre_hook(self._keep_gradients)
 
     def _keep_gradients(self, *_: object) -> None:
         masters = self.aligner.policy.masters
