@@ -12,6 +12,7 @@ from torch import Tensor
 
 from realign.rewards.spec import build_reward
 from tests.train.rga_runs import BASE, build_recipe, start, write_recipe
+from train import ranks
 from train.ranks import Ranks
 from train.recipe import Recipe
 from train.replay import Replayer
@@ -195,3 +196,13 @@ def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match=f"device is '{device}'") as caught:
         Ranks.join(device)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_each_process_of_a_launcher_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(ranks, "_check_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert Ranks.join(device).device == "cuda:3"
+    assert Ranks.join("cuda:1").device == "cuda:1"
