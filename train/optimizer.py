@@ -29,7 +29,7 @@ class AveragedAdamW(torch.optim.AdamW):
         is_moved: says, of the parameters that a step is of, whether to take it.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], has_average: bool, **options: Any) -> None:
+    def __init__(self, parameters: Sequence[Any], has_average: bool, **options: Any) -> None:
         super().__init__(parameters, fused=True, **options)
         self.has_average, self.decay = has_average, 0.0
         self.is_moved: Callable[[Sequence[Tensor]], bool] = lambda parameters: True
@@ -44,6 +44,12 @@ class AveragedAdamW(torch.optim.AdamW):
             if self.has_average:
                 averages = [self.state[p]["average"] for p in parameters]
                 torch._foreach_lerp_(averages, parameters, 1 - self.decay)
+
+    def set_rates(self, rate: float, decay: float) -> None:
+        """Of the next step: groups that have a `share` learn at that share of the rate."""
+        self.decay = decay
+        for group in self.param_groups:
+            group["lr"] = rate * group.get("share", 1.0)
 
     @torch.no_grad()
     def prepare(self, parameters: Sequence[Tensor]) -> None:
@@ -113,7 +119,7 @@ class WholeOptimizer(Optimizer):
             self.ranks.sum(parameter.grad)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip)
         if bool(norm.isfinite() & (norm > 0)):
-            self.adamw.param_groups[0]["lr"], self.adamw.decay = rate, decay
+            self.adamw.set_rates(rate, decay)
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return float(norm)

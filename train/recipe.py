@@ -18,6 +18,7 @@ from train.policy import PolicyOptions
 from train.prompts import DataOptions
 from train.ranks import Ranks
 from train.rollouts import RolloutOptions, WindowOptions
+from train.text import TextOptions, check_text
 from train.update import UpdateOptions
 from train.zero import ScaleOptions
 
@@ -48,10 +49,11 @@ TABLES: dict[str, type] = {
     "update": UpdateOptions,
     "advantage": AdvantageRule,
     "guards": Guards,
+    "text": TextOptions,
     "evaluation": EvaluationOptions,
     "scale": ScaleOptions,
 }
-OPTIONAL = ("evaluation",)  # a table that is not there is not meant
+OPTIONAL = ("text", "evaluation")  # a table that is not there is not meant
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Recipe:
         start: the checkpoint folder to begin from, or "mini".
         reward: as `realign score` takes it.
         dtype: of the engine's weights; masters, trajectories and log-probs are float32 whatever it is.
+        text: the policy gradient of what the model writes; None: only pictures are trained.
     """
 
     start: str
@@ -74,6 +77,7 @@ class Recipe:
     update: UpdateOptions = field(default_factory=UpdateOptions)
     advantage: AdvantageRule = field(default_factory=lambda: AdvantageRule(clamp=5.0))
     guards: Guards = field(default_factory=Guards)
+    text: TextOptions | None = None
     evaluation: EvaluationOptions | None = None
     scale: ScaleOptions = field(default_factory=ScaleOptions)
     dtype: str = "float32"
@@ -97,6 +101,8 @@ class Recipe:
         if self.update.updates > self.rollout.num_samples:
             what = f"update updates is {self.update.updates}"
             raise ValueError(f"{what}: there are {self.rollout.num_samples} samples to share among them")
+        if self.text is not None:
+            check_text(self.text, self.rollout)
 
     def check_spread(self, ranks: Ranks) -> None:
         """Raise ValueError, before anything is loaded, unless these processes can run this together."""

@@ -99,18 +99,24 @@ def _find_row(entry: Entry) -> tuple[int, int]:
     return -request.settings.num_timesteps, company.index(request.id)
 
 
-class Replayer:
-    """Replays entries with an engine's model, programs and kernels."""
+def build_reader(engine: Engine, has_gradient: bool = False) -> Reader:
+    """What reads as the engine does."""
+    device, model = engine.model.device.type, engine.model
+    return Reader(model, engine.prepare, READ_TOKENS[device], engine.backend, engine.run_tokens, has_gradient)
 
-    def __init__(self, engine: Engine) -> None:
+
+class Replayer:
+    """Replays entries with an engine's model, programs and kernels.
+
+    Args:
+        through_contexts: a gradient flows through what was read, prompts and texts, as well: it is read anew,
+            and what it takes is kept, for every forward.
+    """
+
+    def __init__(self, engine: Engine, through_contexts: bool = False) -> None:
         self.engine, self.model = engine, engine.model
-        self.reader = Reader(
-            engine.model,
-            engine.prepare,
-            READ_TOKENS[engine.model.device.type],
-            engine.backend,
-            engine.run_tokens,
-        )
+        self.through_contexts = through_contexts
+        self.reader = build_reader(engine, through_contexts)
         self.held: tuple[tuple[int, ...], list[tuple[Branch, ...]]] = ((), [])
 
     def replay(self, entries: Sequence[Entry]) -> Replayed:
@@ -160,14 +166,20 @@ class Replayer:
         branches = dict(zip(by_sample, self._rebuild(list(by_sample.values())), strict=True))
         return [_build_job(entry.sample, branches[id(entry.sample)]) for entry in entries]
 
-    @torch.no_grad()
     def _rebuild(self, samples: Sequence[Sample]) -> list[tuple[Branch, ...]]:
-        """Each sample's branches, read with the weights of now; those of the last call are held."""
+        """Each sample's branches, read with the weights of now; those of the last call are held, but for
+        those with a gradient, which serve one backward pass.
+        """
+        requests = [replace(sample.request, turns=sample.trajectory.text_turns) for sample in samples]
+        if self.through_contexts and torch.is_grad_enabled():
+            self.forget()
+            self.reader.forget_contexts()
+            return read_branches(self.engine, self.reader, requests)
         key = (self.model.weights_version, *map(id, samples))
         if self.held[0] != key:
             self.forget()  # before more is held
-            requests = [replace(sample.request, turns=sample.trajectory.text_turns) for sample in samples]
-            self.held = (key, read_branches(self.engine, self.reader, requests))
+            with torch.no_grad():
+                self.held = (key, read_branches(self.engine, self.reader, requests))
         return self.held[1]
 
 

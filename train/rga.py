@@ -37,6 +37,7 @@ from train.recipe import Recipe, check_same_recipe, describe_recipe
 from train.replay import Entry, Replayer, list_entries
 from train.rollouts import Roller, Rollout, cut_parts, describe, score
 from train.state import load_state, save_state
+from train.text import TextTrainer, TrainedText, measure_texts
 from train.update import Stopped, UpdateNumbers, Updater
 from train.watch import Watch
 
@@ -58,8 +59,14 @@ class Aligner:
             model = Bagel.from_pretrained(recipe.start, ranks.device, getattr(torch, recipe.dtype))
         self.engine = Engine(model, PROGRAMS, record=True)
         self.roller = Roller(self.engine, source, recipe.rollout, recipe.window, recipe.seed)
-        self.policy = build_policy(self.engine, recipe.policy, recipe.update.kl_beta > 0, recipe.seed)
-        self.updater = Updater(self.policy, Replayer(self.engine), recipe.update, ranks, recipe.scale)
+        text = recipe.text
+        has_pull = recipe.update.kl_beta > 0 or (text is not None and text.kl_beta > 0)
+        self.policy = build_policy(self.engine, recipe.policy, has_pull, recipe.seed, text is not None)
+        self.text = None
+        if text is not None:
+            self.text = TextTrainer(self.policy, text, recipe.rollout, recipe.advantage, ranks)
+        replayer = Replayer(self.engine, recipe.update.through_contexts)
+        self.updater = Updater(self.policy, replayer, recipe.update, ranks, recipe.scale, self.text)
         self.num_done = 0
         self.num_collapsed = 0
 
@@ -76,10 +83,17 @@ class Aligner:
         if self.recipe.update.kl_beta:
             with clock.phase("reference"):
                 references = self.updater.find_references([entry for part in entries for entry in part])
+        texts: list[list[TrainedText]] = [[] for _ in parts]
+        if self.text is not None:
+            with clock.phase("text"):
+                texts, text_row = self.text.prepare(parts)
+            row |= text_row
         with clock.phase("update"):
-            made = self._update(entries, advantages, references)
+            made = self._update(entries, advantages, references, texts)
         self.num_done += 1
         row |= measure_updates(made, self.recipe.update.clip_low, self.recipe.update.clip_high)
+        if self.text is not None:
+            row |= measure_texts([one.text_T2 for one in made], self.text.options)
         row["lr"] = self.recipe.update.rate(self.updater.num_done - 1)
         row |= measure_pace(clock.seconds, self.recipe.rollout.num_samples) | measure_memory(self.ranks)
         seconds = {name: round(value, 3) for name, value in clock.seconds.items()}
@@ -119,30 +133,32 @@ class Aligner:
         entries: Sequence[Sequence[Entry]],
         advantages: Sequence[float],
         references: dict[int, torch.Tensor],
+        texts: Sequence[Sequence[TrainedText]],
     ) -> list[UpdateNumbers]:
         """All updates of an iteration."""
         made = []
         for _ in range(self.recipe.update.epochs):
-            for part in entries:
-                made.append(self.updater.update(part, advantages, references))
+            for part, own_texts in zip(entries, texts, strict=True):
+                made.append(self.updater.update(part, advantages, references, own_texts))
                 if len(made) == 1:
                     self._check_ratio(made[0])
         return made
 
     def _check_ratio(self, first: UpdateNumbers) -> None:
         """The weights were those of the rollout: the ratio has to be one."""
-        update, bound = self.recipe.update, self.recipe.guards.ratio
-        if bound is None:
-            is_exact = (
-                update.packing == "rollout"
-                and self.recipe.dtype == "float32"
-                and self.engine.model.device.type == "cpu"
-            )
-            bound = 0.0 if is_exact else CLIP_SHARE * min(update.clip_low, update.clip_high)
-        error = float((first.ratio_N - 1).abs().max())
-        if not error <= bound:
-            what = f"the first ratio of iteration {self.num_done + 1} is off one by {error:.3g}"
-            raise Stopped(f"{what}, more than {bound:.3g}: replay and rollout do not compute the same")
+        update = self.recipe.update
+        is_plain = self.recipe.dtype == "float32" and self.engine.model.device.type == "cpu"
+        ratios = [("", first.ratio_N, update, is_plain and update.packing == "rollout")]
+        if first.text_T2 is not None:
+            ratios.append(("text ", first.text_T2[:, 0], self.recipe.text, is_plain))
+        for name, ratio_N, options, is_exact in ratios:
+            bound = self.recipe.guards.ratio
+            if bound is None:
+                bound = 0.0 if is_exact else CLIP_SHARE * min(options.clip_low, options.clip_high)
+            error = float((ratio_N - 1).abs().max())
+            if not error <= bound:
+                what = f"the first {name}ratio of iteration {self.num_done + 1} is off one by {error:.3g}"
+                raise Stopped(f"{what}, more than {bound:.3g}: replay and rollout do not compute the same")
 
     def _watch_spread(self, spread: float) -> None:
         guards = self.recipe.guards

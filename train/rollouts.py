@@ -140,6 +140,11 @@ class Rollout:
     item: Item
     sample: Sample
 
+    @property
+    def number(self) -> int:
+        """Among all samples of the iteration, on whatever process."""
+        return int(self.sample.request.id.rpartition("/")[2])
+
     def to_scored(self) -> Scored:
         """As rewards take it."""
         request, reasoning = self.sample.request, self.sample.reasoning

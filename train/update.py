@@ -6,18 +6,19 @@ N entries, one step of one sample each; L latent tokens, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from realign_kernels import RatioGuard, VelocityKL, grpo_loss
 from train.optimizer import AveragedAdamW
-from train.policy import Policy, checkpoint_layers
+from train.policy import Policy, checkpoint_layers, is_generation
 from train.ranks import Ranks
 from train.replay import PACKINGS, Entry, Replayed, Replayer, pack_entries
+from train.text import TextTrainer, TrainedText
 from train.zero import ScaleOptions, build_optimizer
 
 KL_SPACES = ("velocity", "mean")
@@ -40,6 +41,8 @@ class UpdateOptions:
         guard: GRPO-Guard's normalised ratio and weights (arXiv 2510.22319).
         kl_beta, kl_space: weight of the pull to the weights that training began with, in the space of
             velocities or of the steps' means; 0: none.
+        through_contexts: the gradient reaches the weights also through the keys and values of what was read
+            (reference pictures run through the generation expert); what reading takes is kept for it.
         warmup: updates over which the learning rate rises.
         ema_decay: of the average that is exported; 0: the last weights are.
     """
@@ -54,6 +57,7 @@ class UpdateOptions:
     guard: bool = False
     kl_beta: float = 0.0
     kl_space: str = "velocity"
+    through_contexts: bool = False
     warmup: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
@@ -90,13 +94,15 @@ class UpdateNumbers:
     """What an update was like, over all processes. All float32 [N] on the CPU but for the norm.
 
     `kl_N` is 0 where there is none; `approx_kl_N` is half the squared difference of the log-probs. N are the
-    entries that were replayed: those of degenerate groups may be left out.
+    entries that were replayed: those of degenerate groups may be left out. `text_T2` are ratios and KLs of
+    texts' tokens, where texts are trained; the norm is of both gradients together.
     """
 
     ratio_N: Tensor
     kl_N: Tensor
     approx_kl_N: Tensor
     grad_norm: float
+    text_T2: Tensor | None = None
 
 
 class Updater:
@@ -109,17 +115,25 @@ class Updater:
         options: UpdateOptions,
         ranks: Ranks,
         scale: ScaleOptions = ScaleOptions(),  # noqa: B008 (frozen)
+        text: TextTrainer | None = None,
     ) -> None:
         self.policy, self.replayer, self.options, self.ranks = policy, replayer, options, ranks
-        build = partial(
-            AveragedAdamW,
+        self.text = text
+        self.optimizer = build_optimizer(policy, self._build_adamw, options.grad_clip, ranks, scale)
+        self.num_done = 0
+
+    def _build_adamw(self, masters: Sequence[Tensor]) -> AveragedAdamW:
+        """Of the policy's masters, in their order."""
+        options, share = self.options, 1.0
+        if self.text is not None:
+            share = self.text.options.learning_rate / options.learning_rate
+        return AveragedAdamW(
+            group_masters(dict(zip(self.policy.masters, masters, strict=True)), share),
             has_average=options.ema_decay > 0,
             lr=options.learning_rate,
             betas=tuple(options.betas),
             weight_decay=options.weight_decay,
         )
-        self.optimizer = build_optimizer(policy, build, options.grad_clip, ranks, scale)
-        self.num_done = 0
 
     @torch.no_grad()
     def find_references(self, entries: Sequence[Entry]) -> dict[int, Tensor]:
@@ -134,26 +148,35 @@ class Updater:
         return found
 
     def update(
-        self, entries: Sequence[Entry], advantages: Sequence[float], references: dict[int, Tensor]
+        self,
+        entries: Sequence[Entry],
+        advantages: Sequence[float],
+        references: dict[int, Tensor],
+        texts: Sequence[TrainedText] = (),
     ) -> UpdateNumbers:
         """One step of the optimiser; the loss is the mean over the entries of all processes.
 
         Args:
             advantages: of each sample, by `Entry.number`.
             references: as `find_references` gives them; empty without a KL.
+            texts: as `TextTrainer.prepare` gives them, with advantages of their own.
         """
         device = self.policy.engine.model.device
-        count = self.ranks.sum(torch.tensor(float(len(entries)), dtype=torch.float64, device=device))
-        rows = [torch.empty(0, 3)]
+        counts = [len(entries), 0 if self.text is None else self.text.count(texts)]
+        count, text_count = self.ranks.sum(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
+        rows, text_T2 = [torch.empty(0, 3)], None
         with (
             self.policy.differentiate(),
             checkpoint_layers(self.policy.engine.model, self.policy.checkpointing),
         ):
             for pack in _leave_out(self._pack(entries), advantages, references):
-                rows.append(self._accumulate(pack, advantages, references, float(count)))
+                rows.append(self._accumulate(pack, advantages, references, count))
+            if self.text is not None:
+                text_T2 = self.text.accumulate(texts, text_count, self.optimizer.collect)
         norm = self._step()
         ratio_N, kl_N, approx_kl_N = self.ranks.gather(torch.cat(rows)).unbind(dim=1)
-        return UpdateNumbers(ratio_N, kl_N, approx_kl_N, norm)
+        text_T2 = None if text_T2 is None else self.ranks.gather(text_T2)
+        return UpdateNumbers(ratio_N, kl_N, approx_kl_N, norm, text_T2)
 
     def _accumulate(
         self, pack: Sequence[Entry], advantages: Sequence[float], references: dict[int, Tensor], count: float
@@ -209,6 +232,16 @@ class Updater:
 
     def _pack(self, entries: Sequence[Entry]) -> list[list[Entry]]:
         return pack_entries(entries, self.options.packing, self.options.micro_batch)
+
+
+def group_masters(masters: Mapping[str, nn.Parameter], text_share: float) -> list[dict[str, Any]]:
+    """Groups for an optimiser, each with its `share` of the learning rate: the generation expert's masters,
+    and the others, if there are any.
+    """
+    groups = {1.0: [], text_share: []} if text_share != 1 else {1.0: []}
+    for name, master in masters.items():
+        groups[1.0 if is_generation(name) else text_share].append(master)
+    return [{"params": own, "share": share} for share, own in groups.items() if own]
 
 
 def _leave_out(

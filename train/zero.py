@@ -136,7 +136,7 @@ class ZeroOptimizer(Optimizer):
     def step(self, rate: float, decay: float) -> float:
         while self._are_others_collecting():
             self._hand_over()
-        self.adamw.param_groups[0]["lr"], self.adamw.decay = rate, decay
+        self.adamw.set_rates(rate, decay)
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 

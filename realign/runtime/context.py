@@ -21,6 +21,7 @@ from realign.model.bagel import Bagel, patchify_latent, patchify_pixels
 from realign.model.embeddings import flattened_position_ids
 from realign.model.mot import Route
 from realign.runtime.attention import Backend, ContextAttention
+from realign.runtime.attention.gradient import DifferentiableAttention
 from realign.runtime.kv import Context, Segment, check_current
 
 MAX_ENCODE_PIXELS = 2**21
@@ -143,14 +144,28 @@ def vit_position_ids(model: Bagel, height: int, width: int) -> Tensor:
     return flattened_position_ids(*grid, limit, config.interpolate_pos).to(model.device)
 
 
-@torch.no_grad()
 def extend(
-    model: Bagel, contexts: Sequence[Context], blocks: Sequence[Block], backend: Backend | None = None
+    model: Bagel,
+    contexts: Sequence[Context],
+    blocks: Sequence[Block],
+    backend: Backend | None = None,
+    has_gradient: bool = False,
 ) -> list[Context]:
-    """Let each context read its block: one packed forward. Blocks of all kinds may be mixed."""
+    """Let each context read its block: one packed forward. Blocks of all kinds may be mixed.
+
+    With `has_gradient`, and where torch has gradients enabled, keys and values have one to what the decoder
+    computes them with; their bits are the same.
+    """
     if not blocks:
         return []
     check_current(contexts, model)
+    with torch.set_grad_enabled(has_gradient and torch.is_grad_enabled()):
+        return _extend(model, contexts, blocks, backend)
+
+
+def _extend(
+    model: Bagel, contexts: Sequence[Context], blocks: Sequence[Block], backend: Backend | None
+) -> list[Context]:
     lengths = [block.length for block in blocks]
     starts = [context.next_position for context in contexts]
     position_L = torch.cat(
@@ -166,8 +181,11 @@ def extend(
     )
     route = Route.from_mask(torch.cat([_is_gen(block) for block in blocks]).to(model.device))
     hidden_LE = torch.cat([block.embed(model) for block in blocks])
-    attention = ContextAttention(model, contexts, lengths, [block.is_causal for block in blocks], backend)
-    recorder = _Recorder(attention, model, sum(lengths))
+    given = (model, contexts, lengths, [block.is_causal for block in blocks], backend)
+    if torch.is_grad_enabled():
+        recorder: _Recorder | _GradientRecorder = _GradientRecorder(DifferentiableAttention(*given), model)
+    else:
+        recorder = _Recorder(ContextAttention(*given), model, sum(lengths))
     model.decoder(hidden_LE, position_L.to(model.device), route, recorder)
     ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     segments = [recorder.segment(start, end) for start, end in pairwise(ends)]
@@ -195,6 +213,23 @@ class _Recorder:
     def segment(self, start: int, end: int) -> Segment:
         """Some of the tokens, in memory of their own: it goes when they go."""
         return Segment(self.key_NLKD[:, start:end].contiguous(), self.value_NLKD[:, start:end].contiguous())
+
+
+class _GradientRecorder:
+    """The same where keys and values have a gradient. A layer that is computed again in the backward pass
+    changes nothing of what was kept."""
+
+    def __init__(self, attend: Callable[..., Tensor], model: Bagel) -> None:
+        self.attend, self.dtype = attend, model.dtype
+        self.heads: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, layer: int, query_LHD: Tensor, key_LKD: Tensor, value_LKD: Tensor) -> Tensor:
+        self.heads.setdefault(layer, (key_LKD, value_LKD))
+        return self.attend(layer, query_LHD, key_LKD, value_LKD)
+
+    def segment(self, start: int, end: int) -> Segment:
+        layers = zip(*self.heads.values(), strict=True)
+        return Segment(*(torch.stack([t[start:end].to(self.dtype) for t in one]) for one in layers))
 
 
 def _is_gen(block: Block) -> Tensor:

@@ -68,6 +68,8 @@ class Reader:
         max_tokens: bound on the padded tokens of one forward; may be set anew between calls.
         backend: of attention.
         run_tokens: the least tokens that are made a run, to be shared.
+        has_gradient: what is read while torch has gradients enabled has one, see `extend`; `forget_contexts`
+            has to be called between two backward passes.
     """
 
     def __init__(
@@ -77,7 +79,9 @@ class Reader:
         max_tokens: int,
         backend: Backend | None = None,
         run_tokens: int = RUN_TOKENS,
+        has_gradient: bool = False,
     ) -> None:
+        self.has_gradient = has_gradient
         self.model, self.fit, self.max_tokens, self.backend = model, prepare, max_tokens, backend
         self.run_tokens = run_tokens
         self.start, self.lock = Context(), Lock()
@@ -89,6 +93,10 @@ class Reader:
         """Begin with nothing read, by the weights that the model has now."""
         self.weights_version = self.model.weights_version
         self.pictures: WeakValueDictionary[str, MetPicture] = WeakValueDictionary()
+        self.forget_contexts()
+
+    def forget_contexts(self) -> None:
+        """Read everything anew from here on, though somebody may still hold it."""
         self.reached: WeakValueDictionary[Step, Context] = WeakValueDictionary()
         self.shared: WeakValueDictionary[tuple[object, ...], Context] = WeakValueDictionary()
 
@@ -210,7 +218,7 @@ class Reader:
         reached = {}
         for pack in pack_rows(lengths, self.max_tokens):
             contexts, read = [steps[row][0] for row in pack], [blocks[row] for row in pack]
-            extended = extend(self.model, contexts, read, self.backend)
+            extended = extend(self.model, contexts, read, self.backend, self.has_gradient)
             reached.update(zip((steps[row] for row in pack), extended, strict=True))
         self.reached.update(reached)
         return reached

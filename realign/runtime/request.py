@@ -98,11 +98,16 @@ def _show(value: object) -> str:
 
 @dataclass(frozen=True)
 class TextTurn:
-    """A text that the model wrote: token ids without bos and eos; `stopped` if it ended by itself (eos)."""
+    """A text that the model wrote: token ids without bos and eos; `stopped` if it ended by itself (eos).
+
+    `logprobs` are of the ids, and of the eos it stopped with, if they were recorded: under the distributions
+    they were drawn from (temperature, top-p). They do not make it another text.
+    """
 
     ids: tuple[int, ...]
     text: str
     stopped: bool
+    logprobs: tuple[float, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, eq=False)

@@ -113,15 +113,15 @@ class WriteStage(Stage):
     """Texts after contexts; rows that end make room for others, so that all go into one call.
 
     Args:
-        reads_again: what was written is read again, in one piece, as who is given the text reads it: the
-            last bits of keys and values differ from those that were kept while writing.
+        record: keep the log-probs of what is written; and read it again, in one piece, as who is given the
+            text reads it: the last bits of keys and values differ from those that were kept while writing.
     """
 
     name = "writing"
 
-    def __init__(self, model: Bagel, costs: Costs, reader: Reader, reads_again: bool = False) -> None:
+    def __init__(self, model: Bagel, costs: Costs, reader: Reader, record: bool = False) -> None:
         super().__init__(model, costs)
-        self.reader, self.reads_again = reader, reads_again
+        self.reader, self.record = reader, record
 
     def is_next(self, session: Session) -> bool:
         return isinstance(session.waiting, Write)
@@ -143,8 +143,10 @@ class WriteStage(Stage):
         row = max(sum(self.measure(session).shares.values()) for session in sessions)
         max_tokens = slot * max(1, room // row)
         self.reader.max_tokens = room // self.costs.read_token
-        written = decode_text(self.model, contexts, settings, keys, max_tokens, self.reader.backend)
-        return self.reader.finish(contexts, written, self.reads_again)
+        written = decode_text(
+            self.model, contexts, settings, keys, max_tokens, self.reader.backend, self.record
+        )
+        return self.reader.finish(contexts, written, self.record)
 
     def _cut_to_positions(self, session: Session) -> TextSettings:
         """How the session writes: no more tokens than the model has positions for."""

@@ -50,6 +50,7 @@ def decode_text(
     keys: Sequence[NoiseKey],
     max_tokens: int | None = None,
     backend: Backend | None = None,
+    record: bool = False,
 ) -> list[Written]:
     """Let the model write a turn after each context: from bos to eos, or to its settings' `max_tokens`.
 
@@ -59,11 +60,12 @@ def decode_text(
         max_tokens: bound on the tokens whose keys and values are held for all rows that write at a time,
             beside the runs that they share; others wait for their places.
         backend: of attention to runs.
+        record: give every turn the log-probs of its tokens, under the distributions they were drawn from.
     """
     check_current(contexts, model)
     rows = [_Row(*given) for given in zip(contexts, settings, keys, strict=True)]
     if rows:
-        _Writer(model, rows, max_tokens, backend).run()
+        _Writer(model, rows, max_tokens, backend, record).run()
     return [row.finish(model) for row in rows]
 
 
@@ -80,6 +82,7 @@ class _Row:
     settings: TextSettings
     key: NoiseKey
     ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     has_stopped: bool = False
     segment: Segment | None = None
 
@@ -92,9 +95,11 @@ class _Row:
         """Tokens that were read to write the text: bos, and all ids; but the last, if the limit cut it."""
         return len(self.ids) + self.has_stopped
 
-    def take(self, token: int, eos: int) -> None:
+    def take(self, token: int, eos: int, logprobs: Sequence[float] = ()) -> None:
+        """The next token, and its log-prob if that is recorded."""
         if self.is_done:
             return
+        self.logprobs += logprobs
         if token == eos:
             self.has_stopped = True
         else:
@@ -104,7 +109,8 @@ class _Row:
         """The text ends, as BAGEL's does, where the model begins a new turn (bos)."""
         bos = model.tokenizer.bos
         spoken = self.ids[: self.ids.index(bos)] if bos in self.ids else self.ids
-        turn = TextTurn(tuple(self.ids), model.tokenizer.decode(spoken), self.has_stopped)
+        text = model.tokenizer.decode(spoken)
+        turn = TextTurn(tuple(self.ids), text, self.has_stopped, tuple(self.logprobs))
         tokens = (bos, *self.ids, model.tokenizer.eos)
         context = self.context.extended(self.segment, self.num_read, model.weights_version)
         return Written(turn, context, tokens[self.num_read :])
@@ -114,8 +120,14 @@ class _Writer:
     """Rows that write, in the slots of one decoder, and those that wait for one."""
 
     def __init__(
-        self, model: Bagel, rows: Sequence[_Row], max_tokens: int | None, backend: Backend | None
+        self,
+        model: Bagel,
+        rows: Sequence[_Row],
+        max_tokens: int | None,
+        backend: Backend | None,
+        record: bool,
     ) -> None:
+        self.record = record
         self.model, self.eos = model, model.tokenizer.eos
         self.num_steps = STEPS_AT_ONCE[model.device.type]
         size = max(slot_size(row.context, row.settings) for row in rows)
@@ -132,9 +144,9 @@ class _Writer:
     def run(self) -> None:
         """Fills the rows."""
         while self.writing:
-            for token_R in self._write_some():
-                for row, token in zip(self.writing, token_R, strict=True):
-                    row.take(token, self.eos)
+            for token_R, logprob_R in self._write_some():
+                for index, row in enumerate(self.writing):
+                    row.take(token_R[index], self.eos, logprob_R[index : index + 1])
             ended = [index for index, row in enumerate(self.writing) if row.is_done]
             for index in ended:
                 row = self.writing[index]
@@ -146,13 +158,15 @@ class _Writer:
                 self.decoder.rewind(ended)
                 self.choices.step_R[ended] = 0
 
-    def _write_some(self) -> list[list[int]]:
-        """The next tokens of all rows: [T][R]."""
-        written = []
+    def _write_some(self) -> list[tuple[list[int], list[float]]]:
+        """The next tokens of all rows, and their log-probs if these are recorded: [T][R] each."""
+        tokens, logprobs = [], []
         for _ in range(self.num_steps):
             self.decoder.make_room()
-            written.append(self.step().clone())
-        return torch.stack(written).tolist()
+            tokens.append(self.step().clone())
+            logprobs.append(self.choices.logprob_R.clone() if self.record else tokens[-1][:0])
+        both = (torch.stack(written).tolist() for written in (tokens, logprobs))
+        return list(zip(*both, strict=True))
 
     def _build_step(self) -> CapturedStep[Tensor]:
         """Not recorded at once where rows wait whose runs may be others: recording takes some steps' time."""
@@ -162,6 +176,8 @@ class _Writer:
         """One token of every row, on the device."""
         logits_RV = self.decoder.score(self.token_R)
         self.token_R.copy_(self.choices.choose(logits_RV))
+        if self.record:
+            self.choices.score(logits_RV, self.token_R)
         return self.token_R
 
     def _refill(self, ended: Sequence[int]) -> Sequence[int]:
@@ -198,7 +214,9 @@ class _Choices:
         self.num_tokens = num_tokens
         self.is_greedy = all(row.settings.temperature == 0 for row in rows)
         self.has_top_p = any(row.settings.top_p < 1 for row in rows)
-        self.temperature_R, self.top_p_R = (torch.ones(num_places, device=device) for _ in range(2))
+        self.temperature_R, self.top_p_R, self.logprob_R = (
+            torch.ones(num_places, device=device) for _ in range(3)
+        )
         self.uniform_RT = torch.zeros(num_places, num_tokens, device=device)
         self.step_R = torch.zeros(num_places, dtype=torch.int64, device=device)
         self.put(range(num_places), rows[:num_places])
@@ -216,7 +234,7 @@ class _Choices:
 
     def keep(self, places: Sequence[int]) -> None:
         """Forget all rows but these."""
-        for name in ("temperature_R", "top_p_R", "uniform_RT", "step_R"):
+        for name in ("temperature_R", "top_p_R", "logprob_R", "uniform_RT", "step_R"):
             setattr(self, name, getattr(self, name)[places])
 
     def choose(self, logits_RV: Tensor) -> Tensor:
@@ -225,8 +243,17 @@ class _Choices:
             return logits_RV.argmax(dim=-1)
         uniform_R = self.uniform_RT.gather(1, self.step_R[:, None])[:, 0]
         self.step_R += 1
-        top_p_R = self.top_p_R if self.has_top_p else None
-        return choose_tokens(logits_RV, self.temperature_R, top_p_R, uniform_R)
+        return choose_tokens(logits_RV, self.temperature_R, self._top_p(), uniform_R)
+
+    def score(self, logits_RV: Tensor, token_R: Tensor) -> None:
+        """Put the log-probs of the rows' tokens into `logprob_R`."""
+        weight_RV = weigh_tokens(logits_RV, self.temperature_R, self._top_p())
+        chosen_R = weight_RV.gather(1, token_R[:, None])[:, 0]
+        logprob_R = (chosen_R / weight_RV.sum(dim=-1)).log()
+        self.logprob_R.copy_(logprob_R.masked_fill(self.temperature_R == 0, 0.0))
+
+    def _top_p(self) -> Tensor | None:
+        return self.top_p_R if self.has_top_p else None
 
 
 def choose_tokens(
@@ -239,15 +266,20 @@ def choose_tokens(
     reach it.
     """
     is_greedy_R = temperature_R == 0
-    temperature_R1 = temperature_R.masked_fill(is_greedy_R, 1.0).double()[:, None]
-    weight_RV = torch.softmax(logits_RV.double() / temperature_R1, dim=-1)
-    if top_p_R is not None:
-        weight_RV = _keep_likeliest(weight_RV, top_p_R)
-    total_RV = weight_RV.cumsum(dim=-1)
+    total_RV = weigh_tokens(logits_RV, temperature_R, top_p_R).cumsum(dim=-1)
     # The first token whose cumulative weight exceeds the target: never one of weight 0.
     target_R1 = uniform_R.double()[:, None] * total_RV[:, -1:]
     chosen_R = torch.searchsorted(total_RV, target_R1, right=True)[:, 0]
     return torch.where(is_greedy_R, logits_RV.argmax(dim=-1), chosen_R)
+
+
+def weigh_tokens(logits_RV: Tensor, temperature_R: Tensor, top_p_R: Tensor | None) -> Tensor:
+    """What the tokens of each row are drawn in proportion to, float64 [R, V]: zero where top-p leaves one
+    out. Temperature 0 is taken for 1.
+    """
+    temperature_R1 = temperature_R.masked_fill(temperature_R == 0, 1.0).double()[:, None]
+    weight_RV = torch.softmax(logits_RV.double() / temperature_R1, dim=-1)
+    return weight_RV if top_p_R is None else _keep_likeliest(weight_RV, top_p_R)
 
 
 def _keep_likeliest(weight_RV: Tensor, top_p_R: Tensor) -> Tensor:

@@ -37,3 +37,9 @@ def second_group(samples: Sequence[Scored]) -> list[float]:
     levels = brightness(samples)
     numbers = [int(sample.name.rpartition("/")[2]) for sample in samples]
     return [level * (number >= 3) for level, number in zip(levels, numbers, strict=True)]
+
+
+def evenness(samples: Sequence[Scored]) -> list[float]:
+    """The share of characters with an even number in the reasoning; 0 where there are none."""
+    texts = [sample.reasoning for sample in samples]
+    return [sum(ord(c) % 2 == 0 for c in text) / max(len(text), 1) for text in texts]

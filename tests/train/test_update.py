@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from realign.rewards.spec import build_reward
-from tests.train.rga_runs import BASE, build_recipe, start, write_recipe
+from tests.train.rga_runs import BASE, SMALL_PICTURES, build_recipe, start, write_recipe
 from train import ranks
 from train.ranks import Ranks
 from train.recipe import Recipe
@@ -53,6 +53,19 @@ def test_the_mean_does_not_depend_on_the_packing(tmp_path: Path) -> None:
         assert_close(find_gradients(tmp_path, packing), whole, 1e-4)
 
 
+def test_the_gradient_may_flow_through_contexts(tmp_path: Path) -> None:
+    """Of references, which the generation expert reads: another one then, however the entries are packed."""
+    references = {"start": SMALL_PICTURES, "data": {"tasks": ["in_context"]}, "iterations": 1}
+    through = {"update": {"through_contexts": True}}
+    cut = find_gradients(tmp_path, references)
+    whole = find_gradients(tmp_path, references, through)
+    name = "decoder.layers.0.gen.qkv_proj.weight"
+    assert float((whole[name] - cut[name]).norm()) > 1e-3 * float(cut[name].norm())
+    dense = {"update": {"packing": "dense", "micro_batch": 5, **through["update"]}}
+    for packing in (dense, {"policy": {"checkpointing": True}, **through}):
+        assert_close(find_gradients(tmp_path, references, packing), whole, 1e-4)
+
+
 def test_a_pull_to_the_reference(tmp_path: Path) -> None:
     """None where training begins; then it holds the weights back, in either space."""
     beta = {"update": {"kl_beta": 1e4, "learning_rate": 1e-4}}
@@ -72,13 +85,13 @@ def test_advantages_reach_their_own_samples(tmp_path: Path) -> None:
     aligner = Aligner(build_recipe(tmp_path, {"update": {"updates": 2}}), Ranks())
     update = aligner.updater.update
 
-    def watch(entries, advantages, references):
+    def watch(entries, advantages, *others):
         parts.append([advantages[entry.number] for entry in entries if entry.noisy is first_step(entry)])
         levels = [
             np.asarray(entry.sample.image).mean() for entry in entries if entry.noisy is first_step(entry)
         ]
         assert np.argsort(levels).tolist() == np.argsort(parts[-1]).tolist()
-        return update(entries, advantages, references)
+        return update(entries, advantages, *others)
 
     aligner.updater.update = watch
     aligner.iterate()
