@@ -28,7 +28,7 @@ def test_it_is_small():
 
 @pytest.mark.parametrize("sort", ["rendered", "decoded"])
 def test_it_ranks_the_true_picture_first(encoder, sort):
-    """A loose bound for so few: three standard errors below the figures to reach, .97 over all and .95 each."""
+    """A loose bound for so few: three standard errors below .97 over all and .95 of each attribute."""
     options = RankingOptions(split="val", num=64, seed=9, sorts=(sort,))
     row = evaluate(encoder, realign.load("mini", device="cpu"), options)[sort]
     assert row["attributes"]["right"] > 0.97 - 3 * (0.97 * 0.03 / row["attributes"]["n"]) ** 0.5

@@ -110,7 +110,7 @@ def test_a_report_says_what_was_measured(tmp_path: Path) -> None:
             path = layout.measured(variant, seed)
             path.parent.mkdir(parents=True)
             reasons = STARTS.get(variant) not in (None, BASE) or variant == "sft-iccot"
-            columns = list(COLUMNS) if reasons else list(COLUMNS)[:5]
+            columns = list(COLUMNS) if reasons else list(COLUMNS)[:6]
             path.write_text(json.dumps({c: (number + rng.random(6)).tolist() for c in columns}))
             if variant in ALIGNED:
                 log = layout.log(variant, seed)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import realign
+from realign.api import Generator
 from realign.evals.world import build_request
 from realign.model.bagel import Bagel
 from realign.reasoning.programs import PROGRAMS
@@ -18,7 +19,7 @@ from realign.rewards.clip import ClipEncoder
 from realign.rewards.spec import build_reward
 from realign.runtime.engine import Engine
 from realign.runtime.request import Sample
-from realign.runtime.settings import Settings, TextSettings
+from realign.runtime.settings import NoiseSettings, Settings, TextSettings
 from realign.world.oracle import Reading, Verdict, judge, read_pictures
 from realign.world.render import SIZE
 from realign.world.scene import Object
@@ -49,29 +50,39 @@ class MeasureOptions:
 
 
 def measure(model: Path, reasoning: str, recipe: Recipe, options: MeasureOptions) -> dict[str, Any]:
-    """Pictures of test scenes as `realign generate` makes them, and groups as alignment samples them.
+    """Pictures of test scenes, guided as alignment's are and once more as `realign generate` guides them; and
+    groups as alignment samples them.
 
     Args:
         model: folder.
         reasoning: the mode that the model is used in.
-        recipe: of alignment: how groups are sampled, with what reward.
+        recipe: of alignment: its guidance, how groups are sampled, with what reward.
 
     Returns: for each scene "following", "consistency" and "overall" (0 to 10), "all_right", "clip" (cosine to
-        the true caption, times 100); with reasoning also "reward" and, of each group, "spread" and
-        "distinct".
+        the true caption, times 100), "overall_guided"; with reasoning also "reward" and, of each group,
+        "spread" and "distinct".
     """
     generator = realign.load(model)
     drawn = [sample(task, i, 0, options.split) for task in options.tasks for i in range(options.num)]
     settings = Settings(SIZE, SIZE, reasoning, options.steps, text=TextSettings(recipe.rollout.max_tokens))
-    requests = [build_request(one, f"{one.task}/{i}", settings, 0) for i, one in enumerate(drawn)]
-    made = generator.engine.run(requests)
+    guided = make_pictures(generator, drawn, settings)
+    own_guidance = recipe.rollout.settings(NoiseSettings()).guidance
+    made = make_pictures(generator, drawn, replace(settings, guidance=own_guidance))
     found: dict[str, Any] = judge_pictures(drawn, made)
+    found["overall_guided"] = judge_pictures(drawn, guided)["overall"]
     found["clip"] = score_captions(drawn, made, ClipEncoder(options.clip))
     if reasoning != "none":
         reward = build_reward(recipe.reward, generator.model.device)
         found |= {"reward": score_reward(drawn, made, reward)}
         found |= measure_groups(generator.model, reward, recipe, options)
     return found
+
+
+def make_pictures(generator: Generator, drawn: Sequence[WorldSample], settings: Settings) -> list[Sample]:
+    """A picture of each prompt; its noise is the scene's."""
+    return generator.engine.run(
+        [build_request(one, f"{one.task}/{i}", settings, 0) for i, one in enumerate(drawn)]
+    )
 
 
 def judge_pictures(drawn: Sequence[WorldSample], made: Sequence[Sample]) -> dict[str, list[float]]:

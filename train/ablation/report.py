@@ -23,6 +23,7 @@ COLUMNS = {
     "following": "prompt following",
     "consistency": "subject consistency",
     "overall": "overall",
+    "overall_guided": "overall, guided",
     "all_right": "all right",
     "clip": "CLIP to the true caption",
     "reward": "reward, held out",
@@ -38,6 +39,7 @@ PAPER = {
     RID: (7.61, 6.57, 6.89, 33.90),
 }
 PAPER_COLUMNS = ("following", "consistency", "overall", "clip")
+PAIRED_COLUMNS = (*PAPER_COLUMNS, "overall_guided", "all_right")
 PAIRS = ((REASONED, PLAIN), (SHARED, REASONED), (RID, REASONED), (RID, SHARED))
 Table = dict[str, np.ndarray]  # by column: [seeds, scenes or groups]
 
@@ -76,9 +78,9 @@ def format_table(tables: dict[str, Table]) -> str:
 
 def format_pairs(tables: dict[str, Table]) -> str:
     """Markdown: differences on the same scenes and seeds, and how many standard errors they are."""
-    rows = [["difference (paired)", *(COLUMNS[column] for column in PAPER_COLUMNS), COLUMNS["all_right"]]]
+    rows = [["difference (paired)", *(COLUMNS[column] for column in PAIRED_COLUMNS)]]
     for better, worse in PAIRS:
-        found = [compare(tables[better], tables[worse], c) for c in (*PAPER_COLUMNS, "all_right")]
+        found = [compare(tables[better], tables[worse], c) for c in PAIRED_COLUMNS]
         said = [f"{one.mean:+.2f} +- {one.error:.2f} ({count_errors(one):+.1f} SE)" for one in found]
         rows.append([f"{TITLES[better][:3]} - {TITLES[worse][:3]}", *said])
     return format_markdown(rows)
