@@ -34,7 +34,7 @@ class JobRunner:
         """From its beginning or its last checkpoint to its end."""
         ranks = Ranks.join(self.device)
         if job.kind == "measure":
-            self._measure(job)
+            self._measure(job, ranks)
         elif job.variant in ALIGNED:
             self._align(job, ranks)
         else:
@@ -64,9 +64,10 @@ class JobRunner:
         recipe = Recipe.load(self.layout.recipes / "rga.toml")
         return replace(recipe, rollout=replace(recipe.rollout, shared_chain=job.variant == SHARED))
 
-    def _measure(self, job: Job) -> None:
+    def _measure(self, job: Job, ranks: Ranks) -> None:
         model = self.layout.model(job.variant, job.seed)
-        found = measure(model, REASONING[job.variant], self._alignment(job), self.options)
+        recipe = self._alignment(job)
+        found = measure(model, REASONING[job.variant], recipe, self.options, ranks.device)
         path = self.layout.measured(job.variant, job.seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found))

@@ -49,7 +49,9 @@ class MeasureOptions:
         return max(1, self.num // 16)
 
 
-def measure(model: Path, reasoning: str, recipe: Recipe, options: MeasureOptions) -> dict[str, Any]:
+def measure(
+    model: Path, reasoning: str, recipe: Recipe, options: MeasureOptions, device: str
+) -> dict[str, Any]:
     """Pictures of test scenes, guided as alignment's are and once more as `realign generate` guides them; and
     groups as alignment samples them.
 
@@ -62,7 +64,7 @@ def measure(model: Path, reasoning: str, recipe: Recipe, options: MeasureOptions
         the true caption, times 100), "overall_guided"; with reasoning also "reward" and, of each group,
         "spread" and "distinct".
     """
-    generator = realign.load(model)
+    generator = realign.load(model, device=device)
     drawn = [sample(task, i, 0, options.split) for task in options.tasks for i in range(options.num)]
     settings = Settings(SIZE, SIZE, reasoning, options.steps, text=TextSettings(recipe.rollout.max_tokens))
     guided = make_pictures(generator, drawn, settings)
@@ -70,9 +72,9 @@ def measure(model: Path, reasoning: str, recipe: Recipe, options: MeasureOptions
     made = make_pictures(generator, drawn, replace(settings, guidance=own_guidance))
     found: dict[str, Any] = judge_pictures(drawn, made)
     found["overall_guided"] = judge_pictures(drawn, guided)["overall"]
-    found["clip"] = score_captions(drawn, made, ClipEncoder(options.clip))
+    found["clip"] = score_captions(drawn, made, ClipEncoder(options.clip, device))
     if reasoning != "none":
-        reward = build_reward(recipe.reward, generator.model.device)
+        reward = build_reward(recipe.reward, device)
         found |= {"reward": score_reward(drawn, made, reward)}
         found |= measure_groups(generator.model, reward, recipe, options)
     return found
