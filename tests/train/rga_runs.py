@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -97,6 +98,14 @@ def start(recipe: Path, out: Path, launcher: Sequence[str] = (), **options: Any)
         "cpu",
     ]
     return subprocess.Popen(command, env=environment, cwd=ROOT, **options)
+
+
+def find_launcher(processes: int) -> tuple[str, ...]:
+    """torchrun for processes of this machine, at a port that nobody has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ("torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}", "-m")
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:

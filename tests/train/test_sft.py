@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from realign.data.packing import Packer
 from realign.model.bagel import Bagel
 from tests.train.conftest import RECIPE
+from tests.train.rga_runs import find_launcher
 from train.sft import Optimization, Ranks, Recipe, Trainer, build_pool, run
 from train.state import load_state, save_state
 from train.world_data import WorldData
@@ -85,7 +86,7 @@ def test_two_processes_give_the_weights_of_one(write_recipe, tmp_path: Path) -> 
     """Up to rounding: sums over samples are taken in another order."""
     recipe = write_recipe(steps=3)
     run(Recipe.load(recipe), tmp_path / "one", Ranks())
-    launcher = ("torch.distributed.run", "--nproc-per-node=2", "--master-port=29613")
+    launcher = find_launcher(2)[:-1]
     finish(start_training(recipe, tmp_path / "two", *launcher))
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:

@@ -24,6 +24,7 @@ from tests.train.rga_runs import (
     FULL,
     assert_same_weights,
     build_recipe,
+    find_launcher,
     read_log,
     read_weights,
     start,
@@ -286,8 +287,7 @@ def test_a_shared_chain_counts_once(tmp_path: Path) -> None:
 def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "recipe.toml", TEXT, {"text": {"kl_beta": 0.1, "normalization": "sample"}})
     run(Recipe.load(path), tmp_path / "one", Ranks())
-    launcher = ("torch.distributed.run", "--nproc-per-node=2", "--master-port=29618", "-m")
-    process = start(path, tmp_path / "two", launcher, stdout=subprocess.DEVNULL)
+    process = start(path, tmp_path / "two", find_launcher(2), stdout=subprocess.DEVNULL)
     assert process.wait(timeout=600) == 0
     one, two = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
     for name in one:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.train.rga_runs import FULL, ROOT, read_log, read_weights, write_recipe
+from tests.train.rga_runs import FULL, ROOT, find_launcher, read_log, read_weights, write_recipe
 from tests.train.zero_job import WAYS, build, collect, take_steps
 from train.ranks import Ranks
 from train.recipe import Recipe
@@ -21,7 +21,6 @@ from train.rga import run
 from train.state import load_state
 from train.zero import ScaleOptions
 
-LAUNCHER = ("torch.distributed.run", "--nproc-per-node=2", "--master-port=29631", "-m")
 LORA = {"policy": {"kind": "lora", "rank": 2, "alpha": 4.0}}
 
 
@@ -50,7 +49,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bf16 = {"dtype": "bfloat16", "guards": {"ratio": 0.05}, "scale": {"zero": 3}, "iterations": 1}
     write_recipe(folder / "recipes" / "bf16-zero3.toml", full, bf16)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", *LAUNCHER, "tests.train.zero_job", str(folder)]
+    command = [sys.executable, "-m", *find_launcher(2), "tests.train.zero_job", str(folder)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
