@@ -40,8 +40,13 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
     """The recipe that a command line names, with its changes. Raises: ValueError."""
     changes = list(args.set)
     if args.start is not None:
-        changes.append(f"start={json.dumps(args.start)}")
+        changes.append(f"start={_quote(args.start)}")
     if args.prompts is not None:  # in the place of the world's tasks as well
-        changes.append(f"data={{prompts={json.dumps(args.prompts)}}}")
+        changes.append(f"data={{prompts={_quote(args.prompts)}}}")
     recipe = Recipe.load(args.recipe, changes)
     return recipe if args.iterations is None else replace(recipe, iterations=args.iterations)
+
+
+def _quote(text: str) -> str:
+    """As TOML has it: JSON's quotes, but none of its halves of a character."""
+    return json.dumps(text, ensure_ascii=False)

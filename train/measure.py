@@ -14,6 +14,7 @@ from torch import Tensor
 
 from realign.runtime.memory import read_peak_mb
 from train.ranks import Ranks
+from train.rollouts import Rollout
 from train.update import UpdateNumbers
 
 
@@ -36,6 +37,19 @@ def measure_spread(total_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
     """The mean standard deviation of rewards within groups."""
     groups = [total_N[group_N == group] for group in range(num_groups)]
     return torch.stack([own.double().std(correction=0) for own in groups]).mean()
+
+
+def measure_chains(rollouts: Sequence[Rollout], ranks: Ranks) -> dict[str, float]:
+    """Of all processes' reasoning chains, if there are any: the share of distinct ones in their groups, which
+    may span processes, and of malformed ones.
+    """
+    own = [(rollout.group, rollout.sample.reasoning) for rollout in rollouts]
+    chains = ranks.gather_list([(group, r.text, r.error is not None) for group, r in own if r is not None])
+    if not chains:
+        return {}
+    distinct = {(group, text) for group, text, _ in chains}
+    failures = sum(is_malformed for *_, is_malformed in chains)
+    return {"distinct_chains": len(distinct) / len(chains), "failures": failures / len(chains)}
 
 
 def measure_updates(made: Sequence[UpdateNumbers], clip_low: float, clip_high: float) -> dict[str, float]:

@@ -40,6 +40,14 @@ class Guards:
     spread: float = 1e-6
     patience: int = 5
 
+    def __post_init__(self) -> None:
+        if self.ratio is not None and not self.ratio >= 0:
+            raise ValueError(f"guards ratio is {self.ratio}: must be 0 or more")
+        if not self.spread >= 0:
+            raise ValueError(f"guards spread is {self.spread}: must be 0 or more; 0 never stops a run")
+        if self.patience < 1:
+            raise ValueError(f"guards patience is {self.patience}: must be at least 1")
+
 
 TABLES: dict[str, type] = {
     "data": DataOptions,
@@ -90,6 +98,8 @@ class Recipe:
         for name in ("iterations", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}: must be 0 or more")
         parse_spec(self.reward)
         group_advantage(
             torch.zeros(1), torch.zeros(1, dtype=torch.int64), 1, rule=self.advantage
@@ -121,7 +131,8 @@ class Recipe:
             table = tomllib.loads(path.read_text())
             for change in changes:
                 change_table(table, change)
-            table["advantage"] = {"clamp": 5.0, **table.get("advantage", {})}
+            if isinstance(table.setdefault("advantage", {}), dict):
+                table["advantage"].setdefault("clamp", 5.0)
             meant = {n: kind for n, kind in TABLES.items() if n in table or n not in OPTIONAL}
             parts = {name: _build(kind, name, table.pop(name, {})) for name, kind in meant.items()}
             return _build(cls, "recipe", {**table, **parts})
@@ -174,12 +185,23 @@ def _build(kind: type, name: str, table: Any) -> Any:
         if key not in known:
             raise ValueError(f"{name} has {key!r}: the names are {', '.join(known)}")
         types, what = KINDS.get(known[key].type, ((object,), ""))
-        if not isinstance(value, types) or (isinstance(value, bool) and int in types):
+        if not _is_of_kind(value, types) or (isinstance(value, list) and not _are_items(value, what)):
             raise ValueError(f"{name} {key} is {value!r}: must be {what}")
     missing = [key for key, field in known.items() if key not in table and _is_required(field)]
     if missing:
         raise ValueError(f"{name} has no {missing[0]!r}: give it")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
+
+
+def _is_of_kind(value: Any, types: tuple[type, ...]) -> bool:
+    return isinstance(value, types) and not (isinstance(value, bool) and int in types)
+
+
+def _are_items(values: list[Any], what: str) -> bool:
+    """Whether a list holds what an option's does."""
+    if what == "two numbers":
+        return len(values) == 2 and all(_is_of_kind(value, (int, float)) for value in values)
+    return all(isinstance(value, str) for value in values)
 
 
 def _is_required(field: Field) -> bool:
@@ -191,14 +213,32 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(recipe)))
 
 
+FREE = ("iterations", "checkpoint_every", "scale", "evaluation")
+# Of a table: how much is computed together.
+FREE_OPTIONS = {
+    "rollout": ("batch_size",),
+    "policy": ("checkpointing",),
+    "update": ("packing", "micro_batch"),
+    "text": ("micro_batch",),
+}
+
+
+def _leave_out_free(described: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without what may change while it runs."""
+    kept = {name: value for name, value in described.items() if name not in FREE}
+    for name, free in FREE_OPTIONS.items():
+        if kept.get(name) is not None:
+            kept[name] = {key: value for key, value in kept[name].items() if key not in free}
+    return kept
+
+
 def check_same_recipe(saved: dict[str, Any], asked: Recipe, out: Path) -> None:
     """Raise ValueError, naming what differs, unless a run can go on under a recipe: it may be longer, write
-    checkpoints more or less often, be spread otherwise, and begin or cease to be evaluated (how it is,
-    `train.pages` holds on to).
+    checkpoints more or less often, be spread otherwise, begin or cease to be evaluated (how it is,
+    `train.pages` holds on to), and take less memory (`FREE_OPTIONS`; results differ in their last bits then).
     """
-    free = ("iterations", "checkpoint_every", "scale", "evaluation")
-    wanted = describe_recipe(asked)
-    names = sorted((saved.keys() | wanted.keys()) - set(free))
+    saved, wanted = _leave_out_free(saved), _leave_out_free(describe_recipe(asked))
+    names = sorted(saved.keys() | wanted.keys())
     differing = [name for name in names if saved.get(name) != wanted.get(name)]
     if differing:
         said = "; ".join(f"{name} was {saved.get(name)}, is {wanted.get(name)}" for name in differing)

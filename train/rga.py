@@ -26,21 +26,23 @@ from realign.model.bagel import Bagel
 from realign.reasoning.programs import PROGRAMS
 from realign.rewards.base import RewardError, WeightedSum
 from realign.rewards.spec import build_reward
+from realign.runtime.budget import is_out_of_memory
 from realign.runtime.engine import Engine
 from realign_kernels import group_advantage
 from train.command import build_parser, load_recipe
-from train.measure import Clock, measure_memory, measure_pace, measure_spread, measure_updates
+from train.measure import Clock, measure_chains, measure_memory, measure_pace, measure_spread, measure_updates
 from train.policy import build_policy
 from train.prompts import build_source
 from train.ranks import Ranks
 from train.recipe import Recipe, check_same_recipe, describe_recipe
 from train.replay import Entry, Replayer, list_entries
-from train.rollouts import Roller, Rollout, cut_parts, describe, score
+from train.rollouts import Roller, Rollout, cut_parts, score
 from train.state import load_state, save_state
 from train.text import TextTrainer, TrainedText, measure_texts
 from train.update import Stopped, UpdateNumbers, Updater
 from train.watch import Watch
 
+LESS_MEMORY = "lower rollout.batch_size (also the rows of a replay), or take policy.checkpointing = true"
 CLIP_SHARE = 0.1  # of the clip range: how far a replay that is not exact may be off
 
 
@@ -111,15 +113,12 @@ class Aligner:
         total_N = rewards_NR @ weights_R
         spread = float(measure_spread(total_N, group_N, num_groups))
         self._watch_spread(spread)
-        counts = self.ranks.sum(torch.tensor(list(describe(rollouts).values()), dtype=torch.float64))
-        num_samples, num_chains, num_distinct, num_failures = counts.tolist()
         row: dict[str, Any] = {"reward": float(total_N.mean()), "spread": spread}
         if len(self.reward.terms) > 1:
             names = [term.name for term, _ in self.reward.terms]
             row["rewards"] = dict(zip(names, rewards_NR.mean(0).tolist(), strict=True))
         row["degenerate"] = float(found.is_degenerate_G.float().mean())
-        if num_chains:
-            row |= {"distinct_chains": num_distinct / num_chains, "failures": num_failures / num_samples}
+        row |= measure_chains(rollouts, self.ranks)
         return self._take_own(found.advantage_N, len(rollouts)), row
 
     def _take_own(self, advantage_N: torch.Tensor, count: int) -> list[float]:
@@ -256,10 +255,17 @@ def main() -> None:
         sys.exit(2)
     except (Stopped, RewardError) as error:
         sys.exit(f"stopped: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(f"stopped: memory ran out; {LESS_MEMORY}, and run the same command again")
     except (OSError, SafetensorError) as error:
         sys.exit(
             f"stopped: {args.out} cannot be written to ({error}); mend that and run the same command again"
         )
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,13 @@ class UpdateOptions:
         for name in ("learning_rate", "clip_low", "clip_high", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"update {name} is {getattr(self, name)}: must be above 0")
+        if self.clip_low > 1:
+            raise ValueError(f"update clip_low is {self.clip_low}: must be at most 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"update betas is {list(self.betas)}: both must be from 0 to below 1")
+        for name in ("warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"update {name} is {getattr(self, name)}: must be 0 or more")
         if self.kl_beta < 0 or not 0 <= self.ema_decay < 1:
             what = f"update kl_beta is {self.kl_beta}, ema_decay {self.ema_decay}"
             raise ValueError(f"{what}: must be 0 or more, and the decay below 1")
@@ -222,11 +229,11 @@ class Updater:
         """
         rate, decay = self.options.rate(self.num_done), self.options.average(self.num_done + 1)
         norm = self.optimizer.step(rate, decay)
+        self.replayer.forget()  # the next rollouts have need of the memory, and the samples are others
         if not math.isfinite(norm):
             raise Stopped(f"the gradient's norm is {norm}: lower the learning rate, or look at the rewards")
         if norm > 0:
             self.num_done += 1
-            self.replayer.forget()
             self.policy.publish()
         return norm
 

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.train.rga_runs import assert_same_weights, build_recipe, read_log, start, write_recipe
 from train.ranks import Ranks
+from train.replay import Replayer
 from train.rga import main, run
 from train.rollouts import Roller
 
@@ -54,6 +56,15 @@ def test_a_first_ratio_off_one_stops_the_run(tmp_path: Path, monkeypatch: pytest
     said = run_main(write_recipe(tmp_path / "recipe.toml"), tmp_path / "out", monkeypatch)
     assert said.startswith("stopped: the first ratio of iteration 1 is off one by 0.")
     assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+def test_too_little_memory_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(Replayer, "replay", fail)
+    said = run_main(write_recipe(tmp_path / "recipe.toml"), tmp_path / "out", monkeypatch)
+    assert said.startswith("stopped: memory ran out; lower rollout.batch_size")
 
 
 @contextmanager

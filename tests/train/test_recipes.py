@@ -102,6 +102,9 @@ def test_a_command_line_changes_a_recipe(tmp_path: Path) -> None:
 def test_prompts_take_the_place_of_tasks(tmp_path: Path) -> None:
     recipe = load(write_recipe(tmp_path / "recipe.toml"), "--prompts", 'the "best".jsonl')
     assert (recipe.data.prompts, recipe.data.tasks) == ('the "best".jsonl', ())
+    assert (
+        load(tmp_path / "recipe.toml", "--prompts", "\U0001f600 ü.jsonl").data.prompts == "\U0001f600 ü.jsonl"
+    )
 
 
 @pytest.mark.parametrize(

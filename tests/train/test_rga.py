@@ -18,6 +18,7 @@ from tests.train.rga_runs import (
     FULL,
     assert_same_weights,
     build_recipe,
+    find_launcher,
     read_log,
     read_weights,
     start,
@@ -139,8 +140,7 @@ def test_several_processes_give_the_weights_of_one(tmp_path: Path, processes: in
     evaluated = {"evaluation": {"every": 2, "num_prompts": 3, "temperature": 1.0}}
     path = write_recipe(tmp_path / "recipe.toml", FULL, evaluated, {"rollout": {"group": group}})
     run(Recipe.load(path), tmp_path / "one", Ranks())
-    launcher = ("torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=29617", "-m")
-    process = start(path, tmp_path / "two", launcher, stdout=subprocess.DEVNULL)
+    process = start(path, tmp_path / "two", find_launcher(processes), stdout=subprocess.DEVNULL)
     assert process.wait(timeout=600) == 0
     one, two = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
     for name in one:
@@ -189,6 +189,20 @@ def test_another_recipe_is_refused(tmp_path: Path) -> None:
     other = build_recipe(tmp_path, {"iterations": 1, "seed": 1})
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         run(other, tmp_path / "out", Ranks())
+
+
+def test_a_run_may_go_on_in_less_memory(tmp_path: Path) -> None:
+    """With packs of other sizes, and layers that are computed again; in float32 with the same weights, but
+    for rounding.
+    """
+    run(build_recipe(tmp_path), tmp_path / "whole", Ranks())
+    run(build_recipe(tmp_path, {"iterations": 1}), tmp_path / "out", Ranks())
+    update = {"packing": "dense", "micro_batch": 2}
+    less = {"rollout": {"batch_size": 2}, "policy": {"checkpointing": True}, "update": update}
+    run(build_recipe(tmp_path, less), tmp_path / "out", Ranks())
+    whole, out = read_weights(tmp_path / "whole"), read_weights(tmp_path / "out")
+    for name in whole:
+        torch.testing.assert_close(out[name], whole[name], rtol=1e-4, atol=2e-5, msg=name)
 
 
 def test_a_replay_by_other_weights_stops_the_run(tmp_path: Path) -> None:

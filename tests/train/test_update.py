@@ -112,6 +112,7 @@ def test_without_a_gradient_nothing_changes(tmp_path: Path) -> None:
     row = aligner.iterate()
     assert (row["grad_norm"], row["degenerate"], row["spread"]) == (0.0, 1.0, 0.0)
     assert all(torch.equal(before[name], master) for name, master in aligner.policy.masters.items())
+    assert aligner.updater.replayer.held[1] == [], "contexts of samples that are gone"
 
 
 def test_packs_that_teach_nothing_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,8 +163,20 @@ def test_rates() -> None:
         ({"rollout": {"shared_chain": 1}}, "shared_chain is 1: must be true or false"),
         ({"update": {"updates": True}}, "updates is True"),
         ({"update": {"betas": 0.9}}, "betas is 0.9: must be two numbers"),
+        ({"update": {"betas": [0.9]}}, r"betas is \[0.9\]: must be two numbers"),
+        ({"update": {"betas": [0.9, 1.0]}}, r"betas is \[0.9, 1.0\]: both must be from 0 to below 1"),
+        ({"rollout": {"interval": ["a", "b"]}}, r"interval is \['a', 'b'\]: must be two numbers"),
+        ({"data": {"tasks": ["t2i", 3]}}, r"tasks is \['t2i', 3\]: must be a list of texts"),
+        ({"seed": -1}, "seed is -1: must be 0 or more"),
+        ({"guards": {"patience": 0}}, "guards patience is 0: must be at least 1"),
+        ({"guards": {"spread": -1.0}}, "guards spread is -1.0"),
+        ({"guards": {"ratio": -1.0}}, "guards ratio is -1.0"),
+        ({"update": {"clip_low": 1.5}}, "clip_low is 1.5: must be at most 1"),
+        ({"update": {"warmup": -1}}, "warmup is -1: must be 0 or more"),
+        ({"update": {"weight_decay": -0.1}}, "weight_decay is -0.1"),
         ({"advantage": {"std": "some"}}, "rule.std is 'some'"),
         ({"guards": 3}, "guards is 3: must be a table"),
+        ({"advantage": 3}, "advantage is 3: must be a table"),
         ({"update": {"packing": "loose"}}, "packing is 'loose'"),
         ({"update": {"kl_space": "outer"}}, "kl_space is 'outer'"),
         ({"update": {"updates": 7}}, "6 samples to share"),
