@@ -194,7 +194,7 @@ class _Walk:
             result = Written(trajectory.text_turns[len(self.found) - 1], contexts[0], ())
         elif isinstance(self.operation, Draw):
             own = (trajectory.noise_key, trajectory.latent_LC, trajectory.steps, trajectory.recording)
-            result = Drawn(self.sample.image, *own)
+            result = Drawn(self.sample.picture, *own)
         self._take(self.program.send(result))
 
     def _take(self, operation: Any) -> None:

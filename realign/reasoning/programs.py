@@ -57,7 +57,7 @@ class ReasoningProgram:
         drawn = yield Draw(tuple(map(Branch, (conditional, *others), scales, kinds)))
         reasoning = self._reasoning(turns, len(request.prompt.pictures))
         trajectory = Trajectory(turns, drawn.noise_key, drawn.latent_LC, drawn.steps, drawn.recording)
-        return Sample(request, drawn.image, reasoning, trajectory)
+        return Sample(request, drawn.picture, reasoning, trajectory)
 
     def read_by_branch(self, request: Request) -> dict[str, tuple[Part, ...]]:
         """What each branch that the settings call for reads, before any reasoning; "conditional" first."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from realign.rewards.base import Reward, Scored
 from realign.rewards.clip_models import ClipModel, load_clip
-from realign.rewards.oracle import to_array
+from realign.rewards.pictures import to_array
 from realign_kernels import clip_preprocess, clip_score
 
 BATCH_SIZE = 64

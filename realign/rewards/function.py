@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from realign.rewards.base import Reward, RewardError, Scored
+from realign.rewards.pictures import bring_to_host
 
 Function = Callable[[Sequence[Scored]], "Sequence[float] | Tensor"]
 
 
 class FunctionReward(Reward):
     """Calls a function that takes a sequence of `Scored` and returns one number for each.
+
+    Its pictures are PIL, whoever scores: `realign score`, or training, which has them on a device.
 
     Args:
         target: "package.module:name", importable.
@@ -27,8 +30,9 @@ class FunctionReward(Reward):
 
     def score(self, samples: Sequence[Scored]) -> Tensor:
         """What the function gives."""
+        on_host = [bring_to_host(sample) for sample in samples]
         try:
-            values = self._function(samples)
+            values = self._function(on_host)
         except RewardError:
             raise
         except Exception as error:  # somebody else's code: it may raise anything

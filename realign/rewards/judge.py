@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from realign.rewards.base import Reward, RewardError, Scored
-from realign.rewards.oracle import to_array
+from realign.rewards.pictures import to_array
 
 QUESTION = (
     "You see {references} and, last, a picture that was made for this request:\n{prompt}\n"

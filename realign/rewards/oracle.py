@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
 from realign.rewards.base import Reward, Scored
+from realign.rewards.pictures import to_array
 from realign.world.instructions import Instruction
 from realign.world.language import read_caption
 from realign.world.oracle import Verdict, judge, read_pictures
@@ -65,13 +64,3 @@ class OracleReward(Reward):
             height, width = array.shape[:2]
             raise self.fail(sample, f"is {width}x{height}; the oracle reads pictures of {SIZE}x{SIZE}")
         return array
-
-
-def to_array(picture: Image.Image | Tensor) -> np.ndarray:
-    """A picture of any kind that `Scored` may hold to uint8 [H, W, 3], cut to 8 bits as when it is saved."""
-    if isinstance(picture, Image.Image):
-        return np.asarray(picture.convert("RGB"))
-    if picture.dtype != torch.uint8:
-        unit_CHW = (picture.detach().float() * 0.5 + 0.5).clamp(0, 1)
-        picture = (unit_CHW.nan_to_num(0.0) * 255).to(torch.uint8).permute(1, 2, 0)
-    return picture.cpu().numpy()

@@ -46,7 +46,8 @@ class Engine:
         attention: a name of `realign.runtime.attention.BACKENDS`, or "auto".
         run_tokens: see `Reader`.
         record: keep in the trajectories what training takes again: the stochastic steps that settings ask
-            for, with their log-probs. What was written is then read as training reads it.
+            for, with their log-probs; and leave pictures on the device, where rewards see them. What was
+            written is then read as training reads it.
 
     Attributes:
         backend: of attention, the one taken.

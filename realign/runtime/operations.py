@@ -51,9 +51,9 @@ class Draw:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """A picture, and as in `Trajectory` how it came about."""
+    """A picture as `Sample` has it, and as in `Trajectory` how it came about."""
 
-    image: Image.Image
+    picture: Image.Image | Tensor
     noise_key: NoiseKey
     latent_LC: Tensor
     steps: tuple[Tensor, ...]

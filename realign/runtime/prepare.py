@@ -84,10 +84,17 @@ def to_pixels(image: Image.Image | np.ndarray) -> Tensor:
     return pixels_HWC.permute(2, 0, 1).contiguous() / 127.5 - 1.0
 
 
-def to_picture(pixels_CHW: Tensor) -> Image.Image:
-    """Pixels about in [-1, 1] to an RGB picture; clamped, and cut (not rounded) to 8 bits as BAGEL does."""
+def to_levels(pixels_CHW: Tensor) -> Tensor:
+    """Pixels about in [-1, 1] to uint8 [H, W, 3] on their device; clamped, and cut (not rounded) to 8 bits as
+    BAGEL does.
+    """
     levels_HWC = ((pixels_CHW.float() * 0.5 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0)
-    return Image.fromarray(levels_HWC.to(torch.uint8).cpu().numpy())
+    return levels_HWC.to(torch.uint8, memory_format=torch.contiguous_format)
+
+
+def to_picture(pixels_CHW: Tensor) -> Image.Image:
+    """Pixels about in [-1, 1] to an RGB picture, of `to_levels`."""
+    return Image.fromarray(to_levels(pixels_CHW).cpu().numpy())
 
 
 def _scaled(size: tuple[int, int], scale: float, stride: int) -> tuple[int, int]:

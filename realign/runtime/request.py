@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from PIL import Image
@@ -160,9 +161,21 @@ class Trajectory:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """What came of a request. `reasoning` is None where none was asked for."""
+    """What came of a request.
+
+    Attributes:
+        picture: PIL, RGB; of an engine that records uint8 [H, W, 3], on the model's device.
+        reasoning: None where none was asked for.
+    """
 
     request: Request
-    image: Image.Image
+    picture: Image.Image | Tensor
     reasoning: Reasoning | None
     trajectory: Trajectory
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The picture as PIL: where it is on a device, copied to the host when it is first asked for."""
+        if isinstance(self.picture, Image.Image):
+            return self.picture
+        return Image.fromarray(self.picture.cpu().numpy())

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, replace
 from functools import lru_cache
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
 
@@ -209,9 +209,18 @@ class DrawStage(Stage):
 
 
 class DecodeStage(Stage):
-    """Latents to pictures."""
+    """Latents to pictures.
+
+    Args:
+        record: pictures stay on the device.
+    """
 
     name = "decoding"
+
+    def __init__(self, model: Bagel, costs: Costs, record: bool = False) -> None:
+        super().__init__(model, costs)
+        self.record = record
+        self.made: list[ref[Tensor]] = []
 
     def is_next(self, session: Session) -> bool:
         return session.denoised is not None
@@ -223,11 +232,19 @@ class DecodeStage(Stage):
     def carry_out(self, sessions: Sequence[Session], room: int) -> list[Drawn]:
         denoised = [session.denoised for session in sessions]
         jobs, latents = [one.job for one in denoised], [one.latent_LC for one in denoised]
-        images = decode_pictures(self.model, jobs, latents)
+        pictures = decode_pictures(self.model, jobs, latents, self.record)
+        if self.record:
+            self.made += map(ref, pictures)
         return [
-            Drawn(image, one.job.key, one.latent_LC.to("cpu", copy=True), one.steps, one.recording)
-            for image, one in zip(images, denoised, strict=True)
+            Drawn(picture, one.job.key, one.latent_LC.to("cpu", copy=True), one.steps, one.recording)
+            for picture, one in zip(pictures, denoised, strict=True)
         ]
+
+    def count_held(self) -> int:
+        """Bytes of the pictures on the device that it made and somebody still holds."""
+        held = [picture for made in self.made if (picture := made()) is not None]
+        self.made = list(map(ref, held))
+        return sum(picture.nbytes for picture in held)
 
     def deliver(self, session: Session, result: Drawn) -> None:
         session.denoised = None

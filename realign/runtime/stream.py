@@ -74,7 +74,7 @@ class Stream:
         self.read = ReadStage(model, costs, self.reader)
         self.write = WriteStage(model, costs, self.reader, engine.record)
         self.draw = DrawStage(model, costs, engine.backend, engine.keep_steps, engine.record)
-        self.decode = DecodeStage(model, costs)
+        self.decode = DecodeStage(model, costs, engine.record)
         self.enough_tokens = ENOUGH_TOKENS[model.device.type]
         self.sessions: list[Session] = []
         self.num_met = self.num_admitted = self.num_done = 0
@@ -130,7 +130,7 @@ class Stream:
 
     def _find_room(self, stage: Stage) -> int:
         """Bytes that a call of a stage may take now."""
-        held = self.kv_token * self.reader.count_held()
+        held = self.kv_token * self.reader.count_held() + self.decode.count_held()
         if stage is self.read:
             held += int((1 - CONTEXT_SHARE) * self.budget.limit)
         return self.budget.room(stage.name, held)

@@ -13,7 +13,8 @@ from realign.reasoning.schemas import ICCoT, format_iccot
 from realign.rewards.base import RewardError, Scored
 from realign.rewards.format import FormatReward
 from realign.rewards.function import FunctionReward
-from realign.rewards.oracle import OracleReward, to_array
+from realign.rewards.oracle import OracleReward
+from realign.rewards.pictures import to_array
 from realign.world.instructions import Instruction, ObjectSpec
 from realign.world.language import write_caption
 from realign.world.render import render

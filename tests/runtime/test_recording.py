@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from realign.runtime.prepare import crop_picture
 from realign.runtime.request import Prompt, Request, Sample
 from realign.runtime.schedule import Schedule
 from realign.runtime.settings import SDE_RULES, CachingSettings, GuidanceSettings, NoiseSettings, Settings
-from realign.runtime.stream import StreamOptions
+from realign.runtime.stream import Stream, StreamOptions
 
 from .conftest import draw_picture
 
@@ -68,6 +70,29 @@ def test_recording_changes_nothing(model: Bagel) -> None:
     without = run(Engine(model, PROGRAMS, prepare=crop_picture), build_request())[0]
     assert without.trajectory.recording is None
     assert torch.equal(with_records.trajectory.latent_LC, without.trajectory.latent_LC)
+
+
+def test_pictures_stay_on_the_device_and_are_those_of_an_engine_that_records_nothing(model: Bagel) -> None:
+    requests = [build_request(0), build_request(1, height=16, width=48), build_request(2)]
+    plain = run(Engine(model, PROGRAMS, prepare=crop_picture), *requests)
+    for ours, theirs in zip(run(build_engine(model), *requests), plain, strict=True):
+        assert (ours.picture.dtype, ours.picture.device) == (torch.uint8, model.device)
+        assert ours.picture.is_contiguous()
+        assert ours.picture.untyped_storage().nbytes() == ours.picture.nbytes, "nothing else is held with it"
+        assert theirs.image is theirs.picture
+        np.testing.assert_array_equal(ours.picture, theirs.image)
+        assert ours.image.tobytes() == theirs.image.tobytes()
+        assert ours.image is ours.image, "copied once"
+
+
+def test_drawing_leaves_room_for_the_pictures_that_are_held(model: Bagel) -> None:
+    stream = Stream(build_engine(model, memory_bytes=2**30), map(build_request, range(3)), StreamOptions())
+    with closing(stream):
+        held = [sample for _, sample in stream]
+        for count in (3, 2):
+            contexts = stream.kv_token * stream.reader.count_held()
+            assert 2**30 - contexts - stream._find_room(stream.draw) == count * 32 * 32 * 3
+            held.pop()
 
 
 def test_without_noise_nothing_is_kept_and_the_path_is_the_odes(model: Bagel) -> None:

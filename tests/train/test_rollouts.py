@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from realign.model.bagel import Bagel
+from realign.rewards.base import Scored, WeightedSum
+from realign.rewards.function import FunctionReward
 from tests.train.rga_runs import build_recipe
 from train.prompts import DataOptions, FileSource, WorldSource, choose_items
 from train.ranks import Ranks
 from train.rga import Aligner
-from train.rollouts import RolloutOptions, WindowOptions, cut_parts, describe
+from train.rollouts import RolloutOptions, WindowOptions, cut_parts, describe, score
 
 WORLD = DataOptions(tasks=("t2i", "in_context"), num_prompts=7)
 
@@ -151,8 +157,29 @@ def test_rewards_get_what_they_need(tmp_path: Path) -> None:
     assert scored.reasoning == rollout.sample.reasoning.text
     assert scored.caption is None, "an untrained model writes no IC-CoT"
     assert scored.is_malformed
-    assert scored.picture.size == (32, 32)
+    assert scored.picture.shape == (32, 32, 3)
     assert replace(rollout, group=0).group == 0
+
+
+def test_rewards_see_pictures_on_the_device_and_the_update_has_none_there(tmp_path: Path) -> None:
+    aligner, seen = Aligner(build_recipe(tmp_path), Ranks()), []
+
+    class Noted(FunctionReward):
+        def score(self, samples: Sequence[Scored]) -> torch.Tensor:
+            seen.extend((weakref.ref(one.picture), one.picture.numpy().copy()) for one in samples)
+            return super().score(samples)
+
+    rollouts = aligner.roller.roll(0, range(6))
+    reward = WeightedSum([(Noted("tests.train.rewards:brightness"), 1.0)])
+    score_N = score(reward, rollouts)[:, 0]
+    for rollout, (picture, levels), value in zip(rollouts, seen, score_N.tolist(), strict=True):
+        assert picture() is None, "its memory would be the device's through the update"
+        assert isinstance(rollout.sample.picture, Image.Image)
+        np.testing.assert_array_equal(rollout.sample.image, levels)
+        assert value == np.float32(levels.mean() / 255)
+    assert len({levels.tobytes() for _, levels in seen}) == 6
+    again = score(reward, rollouts[:0])
+    assert again.shape == (0, 1)
 
 
 def test_free_text_has_no_form_to_fail_in(tmp_path: Path) -> None:
