@@ -26,20 +26,20 @@ class AveragedAdamW(torch.optim.AdamW):
     Attributes:
         has_average: whether there is one; without, it is the parameters.
         decay: of the average, at the next step.
-        is_moved: says, of the parameters that a step is of, whether to take it.
+        is_moved: whether there is anything to take the next steps by.
     """
 
     def __init__(self, parameters: Sequence[Any], has_average: bool, **options: Any) -> None:
         super().__init__(parameters, fused=True, **options)
         self.has_average, self.decay = has_average, 0.0
-        self.is_moved: Callable[[Sequence[Tensor]], bool] = lambda parameters: True
+        self.is_moved = True
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One step, unless `is_moved` says that there is none to take: then moments are made, and no more."""
+        """One step, if `is_moved`; else moments are made, and no more."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         self.prepare(parameters)
-        if self.is_moved(parameters):
+        if self.is_moved:
             super().step()
             if self.has_average:
                 averages = [self.state[p]["average"] for p in parameters]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -119,15 +118,17 @@ class ZeroOptimizer(Optimizer):
         self.policy, self.ranks, self.stage = policy, ranks, scale.zero
         policy.shard(self._read_masters)
         self.adamw = build(list(policy.masters.values()))
-        self.adamw.is_moved = self._is_moved
+        self.has_gradient = False  # that this process handed over since the last step
+        self.adamw.is_moved = False  # DeepSpeed takes steps of its own while it begins
         self.module = _Masters(policy.masters, ranks.size)
         self.deepspeed = _import_deepspeed(ranks.device)
         self.engine, *_ = self.deepspeed.initialize(
             model=self.module, optimizer=self.adamw, config=_configure(scale, clip)
         )
-        # Makes the moments. DeepSpeed looks for them after the first step alone.
+        # DeepSpeed looks for the moments, of all groups, after the first step of the first group alone.
+        self.adamw.prepare([p for group in self.adamw.param_groups for p in group["params"]])
         self._hand_over()
-        self.engine.step()
+        self._step()
 
     def collect(self) -> None:
         self.ranks.sum(torch.ones((), device=self.ranks.device))
@@ -137,7 +138,7 @@ class ZeroOptimizer(Optimizer):
         while self._are_others_collecting():
             self._hand_over()
         self.adamw.set_rates(rate, decay)
-        self.engine.step()
+        self._step()
         return float(self.engine.get_global_grad_norm())
 
     def averages(self) -> Pieces:
@@ -210,15 +211,17 @@ class ZeroOptimizer(Optimizer):
 
     def _hand_over(self) -> None:
         """The leaves' gradients, zeros where there are none, are added to the masters'."""
+        given = [leaf.grad.any() for leaf in self.policy.leaves.values() if leaf.grad is not None]
+        self.has_gradient |= bool(given) and bool(torch.stack(given).any())
         for owner, leaf in zip(self.module.owners, self.policy.leaves.values(), strict=True):
             owner.gradient, leaf.grad = leaf.grad, None
         self.engine.backward(self.engine())
 
-    def _is_moved(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether any process has a gradient that is not zero."""
-        largest = [torch.linalg.vector_norm(p.grad, ord=math.inf) for p in parameters]
-        total = torch.stack(largest).sum().to(self.ranks.device)
-        return bool(self.ranks.sum(total) > 0)
+    def _step(self) -> None:
+        """Of all groups, if any process has a gradient of any: DeepSpeed takes them one after another."""
+        total = self.ranks.sum(torch.tensor(float(self.has_gradient), device=self.ranks.device))
+        self.adamw.is_moved, self.has_gradient = bool(total > 0), False
+        self.engine.step()
 
 
 class _Masters(nn.Module):
@@ -285,7 +288,7 @@ def _import_deepspeed(device: str) -> Any:
 def _configure(scale: ScaleOptions, clip: float) -> dict[str, Any]:
     """DeepSpeed's configuration."""
     zero: dict[str, Any] = {"overlap_comm": False, "stage3_param_persistence_threshold": 0}
-    zero["sub_group_size"] = 10**12  # one step for all: whether there is a gradient is asked of all together
+    zero["sub_group_size"] = 10**12  # what each process has of a group is changed in one piece
     zero |= {**scale.read(), "stage": scale.zero}
     if scale.offload:
         zero["offload_optimizer"] = {"device": "cpu"}

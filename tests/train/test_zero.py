@@ -65,8 +65,8 @@ def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_is_the_plain_way(shared: Path, way: str) -> None:
-    """Values, moments, average and norms, with a tensor and a step that have no gradient, one that is
-    clipped, and processes that have different numbers of packs; from the beginning, and from a checkpoint
+    """Values, moments, average and norms, with a tensor, a group and a step that have no gradient, one that
+    is clipped, and processes that have different numbers of packs; from the beginning, and from a checkpoint
     that one process wrote.
     """
     expected = load_file(shared / "one.safetensors")
@@ -81,6 +81,16 @@ def test_every_way_is_the_plain_way(shared: Path, way: str) -> None:
     for name in expected:
         if name.startswith(("read.", "averages.")):
             assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gradient_that_is_not_finite_changes_nothing(shared: Path, way: str) -> None:
+    """And its norm says so in every process, though one alone has it."""
+    for rank in (0, 1):
+        found = load_file(shared / f"{way}-{rank}.safetensors")
+        assert not found["infinite.norm"].isfinite()
+        assert found["infinite.changed"] == 0
 
 
 @pytest.mark.slow

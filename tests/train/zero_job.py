@@ -5,9 +5,9 @@ python -m torch.distributed.run --nproc-per-node 2 -m tests.train.zero_job FOLDE
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -56,20 +56,29 @@ def draw(seed: int) -> dict[str, Tensor]:
 
 def build(scale: ScaleOptions, ranks: Ranks) -> tuple[Toy, Optimizer]:
     toy = Toy()
-    adamw = partial(AveragedAdamW, has_average=True, lr=1.0, betas=(0.8, 0.95), weight_decay=0.1)
-    return toy, build_optimizer(toy, adamw, CLIP, ranks, scale)
+    return toy, build_optimizer(toy, build_adamw, CLIP, ranks, scale)
+
+
+def build_adamw(masters: Sequence[Tensor]) -> AveragedAdamW:
+    """With a group of its own for a tensor, which never has a gradient: it decays, at half the rate."""
+    place = list(SHAPES).index("one")
+    groups = [
+        {"params": [*masters[:place], *masters[place + 1 :]]},
+        {"params": [masters[place]], "share": 0.5},
+    ]
+    return AveragedAdamW(groups, has_average=True, lr=1.0, betas=(0.8, 0.95), weight_decay=0.1)
 
 
 def take_steps(toy: Toy, optimizer: Optimizer, numbers: Iterable[int], own: Iterable[int]) -> list[float]:
-    """Steps of these numbers from the packs of some processes; the norms. Step 2 has no gradient, and in
-    all one tensor has none. The last is so large that it is clipped.
+    """Steps of these numbers from the packs of some processes; the norms. Step 2 has no gradient, in all one
+    group has none, and in one a tensor of the other. The last is so large that it is clipped.
     """
     norms = []
     for number in numbers:
         for rank in own:
             for pack in range(PACKS[rank]):
                 for name, gradient in draw(100 * number + 10 * rank + pack + 1).items():
-                    if name != "one":
+                    if name != "one" and (name, number) != ("three", 1):
                         factor = 0.0 if number == 2 else 0.01 * 10**number
                         leaf = toy.leaves[name]
                         leaf.grad = factor * gradient + (0 if leaf.grad is None else leaf.grad)
@@ -84,6 +93,17 @@ def collect(toy: Toy, optimizer: Optimizer, norms: list[float]) -> dict[str, Ten
     found = {f"read.{name}": tensor for name, tensor in toy.read().items()}
     found |= {f"averages.{name}": tensor.detach() for name, tensor in averages.items()}
     return {**found, **optimizer.tensors(), "norms": torch.tensor(norms)}
+
+
+def try_infinite(toy: Toy, optimizer: Optimizer, ranks: Ranks) -> dict[str, Tensor]:
+    """A step by a gradient that is not finite in one process: its norm, and how many numbers it changed."""
+    before = toy.read()
+    value = math.inf if ranks.rank else 1.0
+    toy.leaves["wide"].grad = torch.full_like(toy.leaves["wide"], value)
+    optimizer.collect()
+    norm = torch.tensor(optimizer.step(rate=1.0, decay=0.5))
+    changed = sum(int((before[name] != tensor).sum()) for name, tensor in toy.read().items())
+    return {"infinite.norm": norm, "infinite.changed": torch.tensor(changed)}
 
 
 def count_held(toy: Toy, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -108,6 +128,7 @@ def main(folder: Path) -> None:
         optimizer.load(load_file(folder / "start.safetensors"))
         again = collect(toy, optimizer, take_steps(toy, optimizer, range(2, 4), [ranks.rank]))
         found |= {f"again.{key}": value for key, value in again.items()}
+        found |= try_infinite(toy, optimizer, ranks)
         copies = {key: tensor.detach().clone() for key, tensor in found.items()}
         save_file(copies, folder / f"{name}-{ranks.rank}.safetensors")
     for path in sorted(folder.glob("recipes/*.toml")):
