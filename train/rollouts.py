@@ -231,18 +231,3 @@ def score(reward: WeightedSum, rollouts: Sequence[Rollout]) -> Tensor:
     for rollout in rollouts:
         rollout.leave_device()
     return torch.stack(list(parts.values()), dim=1)
-
-
-def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Counts to be added up over processes: of samples, chains, distinct ones of each group, failures."""
-    chains: dict[int, list[str]] = {}
-    for rollout in rollouts:
-        if rollout.sample.reasoning is not None:
-            chains.setdefault(rollout.group, []).append(rollout.sample.reasoning.text)
-    errors = [r.sample.reasoning.error for r in rollouts if r.sample.reasoning is not None]
-    return {
-        "samples": len(rollouts),
-        "chains": sum(map(len, chains.values())),
-        "distinct": sum(len(set(texts)) for texts in chains.values()),
-        "failures": sum(error is not None for error in errors),
-    }

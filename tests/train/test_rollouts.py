@@ -18,10 +18,11 @@ from realign.model.bagel import Bagel
 from realign.rewards.base import Scored, WeightedSum
 from realign.rewards.function import FunctionReward
 from tests.train.rga_runs import build_recipe
+from train.measure import measure_chains
 from train.prompts import DataOptions, FileSource, WorldSource, choose_items
 from train.ranks import Ranks
 from train.rga import Aligner
-from train.rollouts import RolloutOptions, WindowOptions, cut_parts, describe, score
+from train.rollouts import RolloutOptions, WindowOptions, cut_parts, score
 
 WORLD = DataOptions(tasks=("t2i", "in_context"), num_prompts=7)
 
@@ -121,9 +122,10 @@ def test_chains_are_each_samples_own_or_one_of_the_group(tmp_path: Path) -> None
         assert [rollout.group for rollout in whole] == [0, 0, 0, 1, 1, 1]
         texts = [rollout.sample.reasoning.text for rollout in whole]
         made[is_shared] = [len(set(texts[:3])), len(set(texts[3:]))]
-        counts = describe(whole)
-        assert (counts["samples"], counts["chains"], counts["failures"]) == (6, 6, 0)
-        assert counts["distinct"] == sum(made[is_shared])
+        assert measure_chains(whole, Ranks()) == {
+            "distinct_chains": sum(made[is_shared]) / 6,
+            "failures": 0.0,
+        }
         part = roller.roll(3, [2, 4])
         for one, number in zip(part, (2, 4), strict=True):
             assert one.sample.reasoning.text == texts[number]

@@ -59,9 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of base.toml and so on")
     parser.add_argument("--seeds", type=int, default=3, help="of every training but the base's (default: 3)")
-    parser.add_argument(
-        "--scenes", type=int, default=MeasureOptions.num, help="test scenes a task (default: 512)"
-    )
+    parser.add_argument("--scenes", type=int, default=MeasureOptions.num, help="test scenes (default: 1024)")
     parser.add_argument(
         "--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="at a time (default: one a core)"
     )

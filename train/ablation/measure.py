@@ -25,9 +25,11 @@ from realign.world.render import SIZE
 from realign.world.scene import Object
 from realign.world.tasks import WorldSample, sample
 from realign_kernels import clip_score
+from train.measure import measure_chains
 from train.prompts import DataOptions, Item, build_source
+from train.ranks import Ranks
 from train.recipe import Recipe
-from train.rollouts import Roller, Rollout, describe, score
+from train.rollouts import Roller, Rollout, score
 
 POINTS = 10.0  # OmniContext's scale
 PERCENT = 100.0
@@ -37,9 +39,9 @@ PERCENT = 100.0
 class MeasureOptions:
     """What is measured: `num` scenes of each task of `split`; timesteps of a picture."""
 
-    tasks: tuple[str, ...] = ("in_context", "edit")
+    tasks: tuple[str, ...] = ("in_context",)
     split: str = "test"
-    num: int = 512
+    num: int = 1024
     steps: int = 25
     clip: str = "mini"
 
@@ -155,10 +157,10 @@ def measure_groups(
     rollouts = roller.roll(0, range(rollout.num_samples))
     totals = np.asarray(total(reward, rollouts)).reshape(options.groups, rollout.group)
     parts = [rollouts[start : start + rollout.group] for start in range(0, len(rollouts), rollout.group)]
-    counts = [describe(part) for part in parts]
+    chains = [measure_chains(part, Ranks()) for part in parts]
     return {
         "spread": totals.std(axis=1).tolist(),
-        "distinct": [count["distinct"] / count["chains"] for count in counts],
+        "distinct": [own["distinct_chains"] for own in chains],
     }
 
 
