@@ -18,7 +18,7 @@ from realign.runtime.kv import Context
 from realign.runtime.noise import NoiseKey
 from realign.runtime.reader import Reading
 from realign.runtime.recording import Recording
-from realign.runtime.request import Request, Sample
+from realign.runtime.request import Request, Sample, as_image
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,11 @@ class Drawn:
     latent_LC: Tensor
     steps: tuple[Tensor, ...]
     recording: Recording | None = None
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture as PIL, for programs that read what they have drawn."""
+        return as_image(self.picture)
 
 
 Operation = Read | Write | Draw

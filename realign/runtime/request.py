@@ -176,6 +176,9 @@ class Sample:
     @cached_property
     def image(self) -> Image.Image:
         """The picture as PIL: where it is on a device, copied to the host when it is first asked for."""
-        if isinstance(self.picture, Image.Image):
-            return self.picture
-        return Image.fromarray(self.picture.cpu().numpy())
+        return as_image(self.picture)
+
+
+def as_image(picture: Image.Image | Tensor) -> Image.Image:
+    """A `Sample.picture` as PIL; a tensor is copied to the host."""
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(picture.cpu().numpy())

@@ -183,7 +183,7 @@ def test_the_probe_finds_what_it_looks_for():
 def test_a_text_step_talks_to_nobody(model, as_on_a_gpu):
     settings = [TextSettings(9), TextSettings(9, temperature=1.0, top_p=0.9)]
     rows = [_Row(Context(), own, NoiseKey(0, "", stream="text")) for own in settings]
-    writer = _Writer(model, rows, None, None)
+    writer = _Writer(model, rows, None, None, record=False)
     writer.step()
     with HostTalk() as talk:
         writer.step()

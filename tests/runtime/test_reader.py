@@ -85,8 +85,8 @@ def test_what_was_read_is_found_as_long_as_it_is_held(model, monkeypatch):
     extended = []
     monkeypatch.setattr(
         "realign.runtime.reader.extend",
-        lambda model, contexts, blocks, backend: (
-            extended.extend(blocks) or extend(model, contexts, blocks, backend)
+        lambda model, contexts, blocks, *rest: (
+            extended.extend(blocks) or extend(model, contexts, blocks, *rest)
         ),
     )
     (long,) = reader.read([Reading(parts)])

@@ -102,7 +102,7 @@ def test_writing_and_decoding_are_halved_too(small, many_requests, undisturbed, 
     def count_rows(items, rest):
         if name == "decode_pictures":
             return len(items)
-        settings, _, max_tokens, _ = rest
+        settings, _, max_tokens, *_ = rest
         return min(len(items), max_tokens // max(map(slot_size, items, settings)))
 
     def limited(model, items, *rest):
