@@ -54,7 +54,13 @@ class Item:
 
 
 class Source(ABC):
-    """Prompts by number, the same whenever they are asked for."""
+    """Prompts by number, the same whenever they are asked for.
+
+    Attributes:
+        fingerprint: of what the recipe's options alone do not fix: another one gives other prompts.
+    """
+
+    fingerprint: str = ""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -84,7 +90,7 @@ class FileSource(Source):
     def __init__(self, path: str) -> None:
         file = read_prompts(path)
         load_references(file)
-        self.entries = file.entries
+        self.entries, self.fingerprint = file.entries, file.sha256
 
     def __len__(self) -> int:
         return len(self.entries)

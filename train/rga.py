@@ -172,6 +172,7 @@ class Aligner:
         """Everything that the next iteration needs, atomically, under out/checkpoints; of all processes."""
         tensors = self.updater.optimizer.tensors()
         numbers = {"recipe": describe_recipe(self.recipe), "collapsed": self.num_collapsed}
+        numbers["prompts"] = self.roller.source.fingerprint
         if self.ranks.is_first:
             numbers["updates"] = self.updater.num_done
             save_state(out / "checkpoints", self.num_done, tensors, numbers)
@@ -181,13 +182,16 @@ class Aligner:
         """Goes back to the newest whole checkpoint, if there is one.
 
         Raises:
-            ValueError: it was made by another recipe.
+            ValueError: it was made by another recipe, or of other prompts.
         """
         state = load_state(out / "checkpoints")
         if state is None:
             return
         tensors, numbers = state
         check_same_recipe(numbers["recipe"], self.recipe, out)
+        if numbers["prompts"] != self.roller.source.fingerprint:
+            what = f"{self.recipe.data.prompts} has changed since the run in {out} was begun"
+            raise ValueError(f"{what}: give another --out, or the file as it was")
         self.updater.optimizer.load(tensors)
         self.num_done, self.num_collapsed = numbers["step"], numbers["collapsed"]
         self.updater.num_done = numbers["updates"]

@@ -191,6 +191,17 @@ def test_another_recipe_is_refused(tmp_path: Path) -> None:
         run(other, tmp_path / "out", Ranks())
 
 
+def test_prompts_that_were_changed_meanwhile_are_refused(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a star\na ring\n")
+    recipe = build_recipe(tmp_path, {"iterations": 1, "data": {"tasks": [], "prompts": str(prompts)}})
+    run(recipe, tmp_path / "out", Ranks())
+    run(recipe, tmp_path / "out", Ranks())
+    prompts.write_text("a star\na cross\n")
+    with pytest.raises(ValueError, match=r"prompts\.txt has changed since the run in .* was begun"):
+        run(recipe, tmp_path / "out", Ranks())
+
+
 def test_a_run_may_go_on_in_less_memory(tmp_path: Path) -> None:
     """With packs of other sizes, and layers that are computed again; in float32 with the same weights, but
     for rounding.
