@@ -42,12 +42,14 @@ def model_name(variant: str, seed: int) -> str:
 
 
 def list_jobs(num_seeds: int) -> list[Job]:
-    """All jobs, those that others wait for first."""
-    jobs = [Job("train", BASE, 0)]
-    for variant in VARIANTS[1:]:
-        for seed in range(num_seeds):
-            jobs.append(Job("train", variant, seed, (f"train/{model_name(STARTS[variant], seed)}",)))
-    return jobs + [Job("measure", job.variant, job.seed, (job.name,)) for job in jobs]
+    """All jobs, those that others wait for first; seed by seed, so that the first numbers come early."""
+    trained = [(BASE, 0), *((variant, seed) for seed in range(num_seeds) for variant in VARIANTS[1:])]
+    jobs = []
+    for variant, seed in trained:
+        start = (f"train/{model_name(STARTS[variant], seed)}",) if variant in STARTS else ()
+        job = Job("train", variant, seed, start)
+        jobs += [job, Job("measure", variant, seed, (job.name,))]
+    return jobs
 
 
 @dataclass(frozen=True)
