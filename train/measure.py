@@ -33,10 +33,10 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-def measure_spread(total_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
-    """The mean standard deviation of rewards within groups."""
+def measure_spreads(total_N: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
+    """The standard deviation of rewards within each group, float64 [G]."""
     groups = [total_N[group_N == group] for group in range(num_groups)]
-    return torch.stack([own.double().std(correction=0) for own in groups]).mean()
+    return torch.stack([own.double().std(correction=0) for own in groups])
 
 
 def measure_chains(rollouts: Sequence[Rollout], ranks: Ranks) -> dict[str, float]:

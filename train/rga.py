@@ -30,7 +30,14 @@ from realign.runtime.budget import is_out_of_memory
 from realign.runtime.engine import Engine
 from realign_kernels import group_advantage
 from train.command import build_parser, load_recipe
-from train.measure import Clock, measure_chains, measure_memory, measure_pace, measure_spread, measure_updates
+from train.measure import (
+    Clock,
+    measure_chains,
+    measure_memory,
+    measure_pace,
+    measure_spreads,
+    measure_updates,
+)
 from train.policy import build_policy
 from train.prompts import build_source
 from train.ranks import Ranks
@@ -111,7 +118,7 @@ class Aligner:
         num_groups = self.recipe.rollout.prompts
         found = group_advantage(rewards_NR, group_N, num_groups, weights_R, self.recipe.advantage)
         total_N = rewards_NR @ weights_R
-        spread = float(measure_spread(total_N, group_N, num_groups))
+        spread = float(measure_spreads(total_N, group_N, num_groups).mean())
         self._watch_spread(spread)
         row: dict[str, Any] = {"reward": float(total_N.mean()), "spread": spread}
         if len(self.reward.terms) > 1:

@@ -42,9 +42,9 @@ class OracleReward(Reward):
     def _value(self, verdict: Verdict) -> float:
         if self.mode == "strict":
             return float(verdict.all_right)
-        parts = [verdict.objects, float(verdict.count), float(verdict.relations), float(verdict.background)]
+        parts = verdict.parts
         if verdict.preserved is not None:
-            parts.append(float(verdict.preserved))
+            parts = (*parts, float(verdict.preserved))
         return sum(parts) / len(parts)
 
     def _find_instruction(self, sample: Scored) -> Instruction:

@@ -67,6 +67,11 @@ class Verdict:
     preserved: bool | None
     all_right: bool
 
+    @property
+    def parts(self) -> tuple[float, ...]:
+        """What was asked for, each 0 to 1: objects, their number, relations, background."""
+        return self.objects, float(self.count), float(self.relations), float(self.background)
+
 
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:

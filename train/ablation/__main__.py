@@ -74,14 +74,15 @@ def run_one(
     parser: argparse.ArgumentParser, args: argparse.Namespace, layout: Layout, jobs: Sequence[Job]
 ) -> int:
     """The job that was named."""
-    named = [job for job in jobs if job.name == args.job]
-    if not named:
-        parser.error(f"--job is {args.job!r}: must be one of {', '.join(job.name for job in jobs)}")
-    missing = [need for need in named[0].needs if not (layout.out / need / "done").exists()]
+    by_name = {job.name: job for job in jobs}
+    if args.job not in by_name:
+        parser.error(f"--job is {args.job!r}: must be one of {', '.join(by_name)}")
+    job = by_name[args.job]
+    missing = [need for need in job.needs if not layout.marker(by_name[need]).exists()]
     if missing:
         parser.error(f"--job {args.job} needs {missing[0]}: do that first")
     torch.set_num_threads(1)
-    JobRunner(layout, replace(MeasureOptions(), num=args.scenes), args.device).run(named[0])
+    JobRunner(layout, replace(MeasureOptions(), num=args.scenes), args.device).run(job)
     return 0
 
 
@@ -109,7 +110,8 @@ def run_all(args: argparse.Namespace, layout: Layout, jobs: Sequence[Job]) -> Jo
 def start(args: argparse.Namespace, layout: Layout, job: Job) -> int:
     """Runs a job in processes of its own, its output into a file; returns the exit code."""
     command = [sys.executable]
-    if job.variant == BASE and job.kind == "train" and args.jobs > 1 and not torch.cuda.is_available():
+    is_on_cpu = args.device == "cpu" or not torch.cuda.is_available()
+    if job.variant == BASE and job.kind == "train" and args.jobs > 1 and is_on_cpu:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.jobs}"]
     command += ["-m", "train.ablation", f"--job={job.name}"]
     for name in ("out", "recipes", "seeds", "scenes", "device"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from realign.model.weights import find_folder
 from train import rga, sft
@@ -27,8 +27,8 @@ class JobRunner:
     """
 
     layout: Layout
-    options: MeasureOptions = field(default_factory=MeasureOptions)
-    device: str = "auto"
+    options: MeasureOptions
+    device: str
 
     def run(self, job: Job) -> None:
         """From its beginning or its last checkpoint to its end."""

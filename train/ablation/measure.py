@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import realign
 from realign.api import Generator
@@ -20,12 +21,12 @@ from realign.rewards.spec import build_reward
 from realign.runtime.engine import Engine
 from realign.runtime.request import Sample
 from realign.runtime.settings import NoiseSettings, Settings, TextSettings
-from realign.world.oracle import Reading, Verdict, judge, read_pictures
+from realign.world.oracle import Reading, judge, read_pictures
 from realign.world.render import SIZE
 from realign.world.scene import Object
 from realign.world.tasks import WorldSample, sample
 from realign_kernels import clip_score
-from train.measure import measure_chains
+from train.measure import measure_chains, measure_spreads
 from train.prompts import DataOptions, Item, build_source
 from train.ranks import Ranks
 from train.recipe import Recipe
@@ -90,10 +91,10 @@ def make_pictures(generator: Generator, drawn: Sequence[WorldSample], settings: 
 
 
 def judge_pictures(drawn: Sequence[WorldSample], made: Sequence[Sample]) -> dict[str, list[float]]:
-    """The oracle's numbers, a scene each."""
+    """The oracle's numbers, a scene each; prompt following is the mean of `Verdict.parts`."""
     readings = read_pictures([np.asarray(one.image) for one in made])
     verdicts = [judge(reading, one.instruction) for reading, one in zip(readings, drawn, strict=True)]
-    following = [POINTS * rate_following(verdict) for verdict in verdicts]
+    following = [POINTS * float(np.mean(verdict.parts)) for verdict in verdicts]
     consistency = [POINTS * rate_consistency(r, one) for r, one in zip(readings, drawn, strict=True)]
     return {
         "following": following,
@@ -101,14 +102,6 @@ def judge_pictures(drawn: Sequence[WorldSample], made: Sequence[Sample]) -> dict
         "overall": [(f * c) ** 0.5 for f, c in zip(following, consistency, strict=True)],
         "all_right": [float(verdict.all_right) for verdict in verdicts],
     }
-
-
-def rate_following(verdict: Verdict) -> float:
-    """Prompt following: the mean of the share of objects that are as the instruction wants them, and whether
-    their number, their relations and the background are right.
-    """
-    parts = (verdict.objects, float(verdict.count), float(verdict.relations), float(verdict.background))
-    return sum(parts) / len(parts)
 
 
 def rate_consistency(reading: Reading, drawn: WorldSample) -> float:
@@ -155,11 +148,12 @@ def measure_groups(
     engine = Engine(model, PROGRAMS, record=True)
     roller = Roller(engine, build_source(data, 0), rollout, recipe.window, 0)
     rollouts = roller.roll(0, range(rollout.num_samples))
-    totals = np.asarray(total(reward, rollouts)).reshape(options.groups, rollout.group)
+    group_N = torch.tensor([one.group for one in rollouts])
+    spread_G = measure_spreads(torch.tensor(total(reward, rollouts)), group_N, options.groups)
     parts = [rollouts[start : start + rollout.group] for start in range(0, len(rollouts), rollout.group)]
     chains = [measure_chains(part, Ranks()) for part in parts]
     return {
-        "spread": totals.std(axis=1).tolist(),
+        "spread": spread_G.tolist(),
         "distinct": [own["distinct_chains"] for own in chains],
     }
 

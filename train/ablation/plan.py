@@ -69,12 +69,12 @@ class Layout:
 
     def model(self, variant: str, seed: int) -> Path:
         """A trained model, as `realign.load` takes it."""
-        return self.out / "train" / model_name(variant, seed) / "model"
+        return self.folder(Job("train", variant, seed)) / "model"
 
     def measured(self, variant: str, seed: int) -> Path:
         """What was measured of a model."""
-        return self.out / "measure" / model_name(variant, seed) / "measured.json"
+        return self.folder(Job("measure", variant, seed)) / "measured.json"
 
     def log(self, variant: str, seed: int) -> Path:
         """A training's log."""
-        return self.out / "train" / model_name(variant, seed) / "log.jsonl"
+        return self.folder(Job("train", variant, seed)) / "log.jsonl"
