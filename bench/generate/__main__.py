@@ -148,12 +148,12 @@ def describe_row(row: GenerateRow) -> str:
     return "; ".join(words)
 
 
-def print_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """A table on standard output."""
+def print_table(columns: Sequence[str], lines: Sequence[Sequence[str]], width: int = 120) -> None:
+    """A table on standard output, so wide where that is no terminal."""
     table = Table(*columns)
     for line in lines:
         table.add_row(*line)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    Console(width=None if sys.stdout.isatty() else width).print(table)
 
 
 if __name__ == "__main__":

@@ -39,12 +39,18 @@ def count_requests(model: Bagel, requests: Sequence[Request], made: Sequence[Mad
 
 def count_decoder(llm: LLMConfig, num_tokens: int, num_past: int, is_causal: bool = False) -> int:
     """A forward of new tokens after `num_past` others."""
-    width, heads = llm.hidden_size, llm.num_attention_heads * llm.head_dim
-    kv_heads = llm.num_key_value_heads * llm.head_dim
-    linear = num_tokens * (2 * width * (heads + kv_heads) + 3 * width * llm.intermediate_size)
     seen = num_tokens * num_past
     seen += num_tokens * (num_tokens + 1) // 2 if is_causal else num_tokens**2
-    return llm.num_hidden_layers * (2 * linear + 4 * seen * heads)
+    attention = 4 * llm.num_hidden_layers * seen * llm.num_attention_heads * llm.head_dim
+    return count_products(llm, num_tokens) + attention
+
+
+def count_products(llm: LLMConfig, num_tokens: int) -> int:
+    """Of such a forward the products with weights."""
+    width, heads = llm.hidden_size, llm.num_attention_heads * llm.head_dim
+    kv_heads = llm.num_key_value_heads * llm.head_dim
+    weights = 2 * width * (heads + kv_heads) + 3 * width * llm.intermediate_size
+    return 2 * llm.num_hidden_layers * num_tokens * weights
 
 
 def count_vit(vit: ViTConfig, width_out: int, num_patches: int) -> int:
