@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 
-from bench import tables
 from bench.rows import RESULTS
-from bench.tables import BLOCK, README, TABLES, fill, main
+from bench.tables import limits
+from bench.tables.__main__ import BLOCK, README, TABLES, fill, main
+from bench.tables.format import format_rate
 
 
 def test_the_readme_has_the_rows_that_are_committed():
@@ -21,15 +22,15 @@ def test_the_readme_has_the_rows_that_are_committed():
 def test_a_measured_row_takes_its_place(tmp_path, monkeypatch):
     """A row of W1 and one of CLIP scoring, as if an H200 had been measured; others' machines do not count."""
     shutil.copytree(RESULTS, tmp_path / "results")
-    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
-    assert tables.build_limits().count("not yet") == len(tables.LIMITS)
+    monkeypatch.setattr(limits, "RESULTS", tmp_path / "results")
+    assert limits.build_limits().count("not yet") == len(limits.LIMITS)
     add_row("generate.jsonl", tmp_path, workload="W1", variant="batch 1", seconds=7.9, images=1)
     add_row("align.jsonl", tmp_path, workload="clip", variant="1024x1024", samples_per_s=2512.0)
     add_row("generate.jsonl", tmp_path, "NVIDIA A100", workload="W3", variant="unguided")
-    lines = tables.build_limits().splitlines()
+    lines = limits.build_limits().splitlines()
     assert "| 8.0 | 7.9 |" in lines[2]
     assert "| 2,000 | 2,500 |" in lines[-1]
-    assert sum("not yet" in line for line in lines) == len(tables.LIMITS) - 2
+    assert sum("not yet" in line for line in lines) == len(limits.LIMITS) - 2
 
 
 def add_row(name: str, folder, machine: str = "NVIDIA H200", **fields) -> None:
@@ -64,4 +65,4 @@ def test_a_table_that_is_not_there_is_refused(tmp_path, capsys):
     ("rate", "said"), [(0.5861, "0.586"), (73.01, "73"), (9959.0, "10,000"), (38.04, "38")]
 )
 def test_rates_have_three_digits(rate, said):
-    assert tables.format_rate(rate) == said
+    assert format_rate(rate) == said

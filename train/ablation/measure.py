@@ -61,11 +61,11 @@ def measure(
     Args:
         model: folder.
         reasoning: the mode that the model is used in.
-        recipe: of alignment: its guidance, how groups are sampled, with what reward.
+        recipe: of alignment: its guidance, and how groups are sampled.
 
     Returns: for each scene "following", "consistency" and "overall" (0 to 10), "all_right", "clip" (cosine to
-        the true caption, times 100), "overall_guided"; with reasoning also "reward" and, of each group,
-        "spread" and "distinct".
+        the true caption, times 100), "overall_guided"; with reasoning also "own_caption" (the cosine to the
+        caption that it wrote) and, of each group, that cosine's "spread", and "distinct".
     """
     generator = realign.load(model, device=device)
     drawn = [sample(task, i, 0, options.split) for task in options.tasks for i in range(options.num)]
@@ -77,8 +77,8 @@ def measure(
     found["overall_guided"] = judge_pictures(drawn, guided)["overall"]
     found["clip"] = score_captions(drawn, made, ClipEncoder(options.clip, device))
     if reasoning != "none":
-        reward = build_reward(recipe.reward, device)
-        found |= {"reward": score_reward(drawn, made, reward)}
+        reward = build_reward(f"clip:{options.clip}", device)
+        found |= {"own_caption": score_reward(drawn, made, reward)}
         found |= measure_groups(generator.model, reward, recipe, options)
     return found
 
@@ -133,7 +133,7 @@ def score_captions(drawn: Sequence[WorldSample], made: Sequence[Sample], encoder
 
 
 def score_reward(drawn: Sequence[WorldSample], made: Sequence[Sample], reward: WeightedSum) -> list[float]:
-    """Alignment's own reward, of prompts that it never saw."""
+    """The reward of each picture."""
     items = [Item(one.request.prompt, asked.instruction) for asked, one in zip(drawn, made, strict=True)]
     pairs = zip(items, made, strict=True)
     return total(reward, [Rollout(number, *pair) for number, pair in enumerate(pairs)])

@@ -26,11 +26,11 @@ COLUMNS = {
     "overall_guided": "overall, guided",
     "all_right": "all right",
     "clip": "CLIP to the true caption",
-    "reward": "reward, held out",
+    "own_caption": "CLIP to its own caption",
     "spread": "spread within groups",
     "distinct": "distinct chains",
 }
-PERCENT = ("all_right", "reward", "spread", "distinct")
+PERCENT = ("all_right", "own_caption", "spread", "distinct")
 # Re-Align (arXiv 2601.05124), its ablation: prompt following, subject consistency, overall, CLIPout
 PAPER = {
     BASE: (6.92, 5.47, 5.80, 32.44),
@@ -39,7 +39,7 @@ PAPER = {
     RID: (7.61, 6.57, 6.89, 33.90),
 }
 PAPER_COLUMNS = ("following", "consistency", "overall", "clip")
-PAIRED_COLUMNS = (*PAPER_COLUMNS, "overall_guided", "all_right")
+PAIRED_COLUMNS = (*PAPER_COLUMNS, "overall_guided", "all_right", "own_caption")
 PAIRS = ((REASONED, PLAIN), (SHARED, REASONED), (RID, REASONED), (RID, SHARED))
 Table = dict[str, np.ndarray]  # by column: [seeds, scenes or groups]
 
@@ -80,10 +80,17 @@ def format_pairs(tables: dict[str, Table]) -> str:
     """Markdown: differences on the same scenes and seeds, and how many standard errors they are."""
     rows = [["difference (paired)", *(COLUMNS[column] for column in PAIRED_COLUMNS)]]
     for better, worse in PAIRS:
-        found = [compare(tables[better], tables[worse], c) for c in PAIRED_COLUMNS]
-        said = [f"{one.mean:+.2f} +- {one.error:.2f} ({count_errors(one):+.1f} SE)" for one in found]
+        said = [format_difference(tables[better], tables[worse], column) for column in PAIRED_COLUMNS]
         rows.append([f"{TITLES[better][:3]} - {TITLES[worse][:3]}", *said])
     return format_markdown(rows)
+
+
+def format_difference(better: Table, worse: Table, column: str) -> str:
+    """Nothing where one of them does not have the column."""
+    if not (column in better and column in worse):
+        return ""
+    found = compare(better, worse, column)
+    return f"{found.mean:+.2f} +- {found.error:.2f} ({count_errors(found):+.1f} SE)"
 
 
 def compare(better: Table, worse: Table, column: str) -> Estimate:
