@@ -24,6 +24,8 @@ from bench.align.targets import CPU_TARGETS, GPU_TARGETS
 from bench.align.workloads import (
     LARGE_CLIP,
     MINI_CLIP,
+    PROMPT,
+    SCORED,
     VARIANTS,
     Sizes,
     build_large,
@@ -34,9 +36,6 @@ from bench.generate.__main__ import find_conditions, print_table
 from bench.generate.models import MODELS, load_model
 from bench.generate.targets import describe, judge
 from bench.rows import RESULTS, append_rows
-
-SCORED = {"cuda": (512, 16, 1024), "cpu": (4, 2, 1024)}  # pictures, those of the baseline, pixels a side
-PROMPT = "a small brass telescope on a wooden table by a window, at dusk"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

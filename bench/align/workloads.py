@@ -16,6 +16,8 @@ from train.rollouts import RolloutOptions, WindowOptions
 from train.update import UpdateOptions
 
 MINI_CLIP, LARGE_CLIP = "mini", "ViT-L-14"
+SCORED = {"cuda": (512, 16, 1024), "cpu": (4, 2, 1024)}  # pictures, those of the baseline, pixels a side
+PROMPT = "a small brass telescope on a wooden table by a window, at dusk"  # BAGEL-7B's
 VARIANTS = ("unguided", "guided")
 GUIDED = {"text_scale": 4.0, "interval": (0.4, 1.0)}  # `realign generate`'s
 

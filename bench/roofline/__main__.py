@@ -17,12 +17,13 @@ from pathlib import Path
 
 from bench.generate.__main__ import print_table
 from bench.generate.models import BAGEL_7B
+from bench.generate.report import name_whole_commit
 from bench.generate.workloads import BUILDERS, Sizes, build_workloads
 from bench.roofline.alignment import SCORED_SIDE, build_iteration, estimate_iteration, estimate_scoring
 from bench.roofline.chips import CHIPS, Chip
 from bench.roofline.estimate import PHASES, Estimate
 from bench.roofline.rows import Line, RooflineRow, write_rows
-from bench.rows import name_commit
+from bench.tables.format import format_rate
 
 ITERATION, SCORING = "RGA", "CLIP"
 WORKLOADS = (*BUILDERS, ITERATION, SCORING)
@@ -62,11 +63,6 @@ def print_chip(chip: Chip, rows: Sequence[RooflineRow]) -> None:
     print_table(("", "PFLOP", "attention", *phases, "s/image", "images/s", "fp8"), lines, width=180)
 
 
-def format_rate(rate: float) -> str:
-    """Three digits, none of them as a power of ten."""
-    return f"{rate:.3g}" if rate < 1000 else f"{rate:.0f}"
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The options of `python -m bench.roofline`."""
     parser = argparse.ArgumentParser(
@@ -79,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--matrix-tflops", type=float, help="what the chip's large bf16 products reach")
     parser.add_argument("--bandwidth-tbs", type=float, help="what its copies reach, in TB/s")
+    parser.add_argument("--attention-share", type=float, help="attention's rate over that of the products")
     names = " ".join(WORKLOADS)
     parser.add_argument(
         "--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="W", help=names
@@ -92,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def choose_chips(options: argparse.Namespace) -> list[Chip]:
     """The chips, with the rates that were given instead of theirs. Exits with 2 for one that is no rate."""
-    given = {name: getattr(options, name) for name in ("matrix_tflops", "bandwidth_tbs")}
+    given = {name: getattr(options, name) for name in ("matrix_tflops", "bandwidth_tbs", "attention_share")}
     for name, value in given.items():
         if value is not None and not value > 0:
             sys.exit(_refuse(f"--{name.replace('_', '-')} {value:g}: give a number above 0"))
@@ -119,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for chip in chips:
         print_chip(chip, rows[chip])
     if options.out is not None:
-        write_rows([row for some in rows.values() for row in some], options.out, name_commit())
+        write_rows([row for some in rows.values() for row in some], options.out, name_whole_commit())
         print(f"rows written to {options.out}")
     return 0
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.align.workloads import PROMPT, SCORED
 from bench.generate.workloads import CHAIN_TOKENS, GROUP, RL_TIMESTEPS
 from bench.roofline.chips import BYTES, Phase
 from bench.roofline.estimate import Estimate, count_layer_weights
 from realign.model.config import BagelConfig
 from realign.runtime.request import Prompt, Request
 from realign.runtime.settings import GuidanceSettings, Settings, TextSettings
+from train.rollouts import WindowOptions
 
-PROMPT = "a small brass telescope on a wooden table by a window, at dusk"
-NUM_NOISY, NUM_SCORED, SCORED_SIDE = 2, 512, 1024
+NUM_NOISY = WindowOptions().size
+NUM_SCORED, _, SCORED_SIDE = SCORED["cuda"]
 CLIP_BATCH = 64  # pictures, and captions, in one forward
 
 

@@ -21,13 +21,15 @@ class Chip:
     fp8_factor: float = 1.9
 
 
-# 790 and 148 TFLOP/s are what others measured of large bf16 products on an H200 and an H20; an H100 has the
-# same processors as the H200; the B200's is 80% of its peak, as theirs are. Bandwidths: 90% of the peaks.
+# Products: 80% of the dense bf16 peak, which is what 8192x8192x8192 random numbers reach on an H200; an H100
+# has the same processors; 90% on the H20, whose few multipliers nothing else holds up. Attention: what
+# FlashAttention 3 publishes for 4,096 tokens on Hopper (590 TFLOP/s, on an H20 126: flash-attention's issue
+# 1310), FlashAttention 4 on a B200 (up to 1,749). Copies: 90% of the peak.
 CHIPS = {
-    "h20": Chip("H20", 148, 3.6, attention_share=0.85),
+    "h20": Chip("H20", 133, 3.6, attention_share=0.95),
     "h100": Chip("H100", 790, 3.0),
     "h200": Chip("H200", 790, 4.3),
-    "b200": Chip("B200", 1800, 7.2),
+    "b200": Chip("B200", 1800, 7.2, attention_share=0.9),
 }
 
 

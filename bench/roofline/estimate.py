@@ -149,7 +149,7 @@ class Estimate:
         phase.attention_flops += total - products
         of_layer = llm.num_hidden_layers * BYTES
         qkv, inner = heads + 2 * kv_heads, llm.intermediate_size
-        per_token = 3 * llm.hidden_size + qkv + heads + 3 * inner
+        per_token = 4 * llm.hidden_size + qkv + heads + 3 * inner
         phase.product_bytes += of_layer * ((1 + is_gen) * weights + num_tokens * per_token)
         # A part of the past that rows share counts once, the largest of those that are read here.
         held = max(some.num_shared for some in rows)

@@ -13,12 +13,17 @@ Row = Mapping[str, Any]
 
 def format_rate(rate: float) -> str:
     """Three digits; from a thousand on in hundreds."""
-    return f"{rate:.3g}" if rate < 1000 else f"{round(rate, -2):,.0f}"
+    return f"{rate:.3g}" if rate < 999.5 else f"{round(rate, -2):,.0f}"
 
 
-def format_share(share: Mapping[str, Any], name: str = "all_right") -> str:
-    """A share and its standard error."""
-    return f"{share[name]:.3f} +- {share['se']:.3f}".replace("0.", ".")
+def format_share(share: Mapping[str, Any], sign: str = "") -> str:
+    """A share that is all right, and its standard error."""
+    return f"{cut_zero(share['all_right'], sign)} +- {cut_zero(share['se'])}"
+
+
+def cut_zero(share: float | None, sign: str = "") -> str:
+    """`.994`; of a difference with `sign` "+", `+.762`; nothing for None."""
+    return "" if share is None else f"{share:{sign}.3f}".replace("0.", ".", 1)
 
 
 def read_json(name: str) -> list[Row]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bench.align.rows import ITERATION, SCORING, AlignRow
 from bench.align.rows import read_rows as read_align_rows
+from bench.align.workloads import LARGE_CLIP
+from bench.generate.models import MODELS
 from bench.generate.rows import ENGINE, GenerateRow, read_rows
 from bench.generate.workloads import CHAIN_TOKENS, CHAINS
 from bench.rows import RESULTS
@@ -16,6 +18,7 @@ from train.ablation.report import format_markdown
 
 CHIPS = ("H20", "H100", "H200", "B200")
 MEASURED = "H200"
+Place = tuple[str, str]  # a workload and its variant
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Limit:
     """
 
     label: str
-    place: tuple[str, str]
+    place: Place
     computed: Callable[[Row], float]
     wanted: str = ""
     others: str = ""
@@ -65,7 +68,7 @@ LIMITS = (
         "10.0, H200, vLLM-Omni [1]",
         lambda row: row.seconds / row.images,
     ),
-    Limit("the same, fp8", ("W1", "batch 1"), lambda row: 1 / row["fp8_images_per_s"], "5.5"),
+    Limit("the same, fp8 [3]", ("W1", "batch 1"), lambda row: 1 / row["fp8_images_per_s"], "5.5"),
     Limit(
         "W2: 512x512, 32 at a time; pictures/s",
         ("W2", "batch 32"),
@@ -124,16 +127,17 @@ LIMITS = (
         measured=lambda row: row.samples_per_s,
     ),
 )
+# Of the rows of `bench.align`: their place in the roofline's, and the model.
 ALIGN_PLACES = {
-    (ITERATION, "guided on every step"): ("RGA", "LoRA, guided on every step"),
-    (SCORING, "1024x1024"): ("CLIP", "ViT-L/14, 1024x1024"),
+    (ITERATION, "guided on every step"): (("RGA", "LoRA, guided on every step"), MODELS[1]),
+    (SCORING, "1024x1024"): (("CLIP", "ViT-L/14, 1024x1024"), LARGE_CLIP),
 }
 
 
 def build_limits() -> str:
     """BAGEL-7B: the least times by chip, what is wanted, what was measured."""
     computed = {(row["workload"], row["variant"], row["chip"]): row for row in read_json("roofline.jsonl")}
-    measured = find_measured()
+    measured = find_measured({(name, variant): row["images"] for (name, variant, _), row in computed.items()})
     lines = []
     for limit in LIMITS:
         least = [format_rate(limit.computed(computed[(*limit.place, chip)])) for chip in CHIPS]
@@ -150,14 +154,23 @@ def build_limits() -> str:
     return format_markdown([columns, *lines])
 
 
-def find_measured() -> dict[tuple[str, str], GenerateRow | AlignRow]:
-    """Rows of ours on the chip that targets are for, by their place in the roofline's."""
-    generated = [row for row in read_rows(RESULTS / "generate.jsonl") if row.impl == ENGINE]
-    found: dict[tuple[str, str], GenerateRow | AlignRow] = {
-        (row.workload, row.variant): row for row in generated if MEASURED in row.machine
-    }
+def find_measured(images: Mapping[Place, int]) -> dict[Place, GenerateRow | AlignRow]:
+    """Rows of ours, whole ones of the right model on the chip that targets are for, by their place in the
+    roofline's; `images`: how many each place has.
+    """
+    found: dict[Place, GenerateRow | AlignRow] = {}
+    for row in read_rows(RESULTS / "generate.jsonl"):
+        place = (row.workload, row.variant)
+        if is_ours(row, MODELS[1]) and row.measured_images == images.get(place):
+            found[place] = row
     for row in read_align_rows(RESULTS / "align.jsonl"):
-        place = ALIGN_PLACES.get((row.workload, row.variant))
-        if place is not None and row.impl == ENGINE and MEASURED in row.machine:
+        place, model = ALIGN_PLACES.get((row.workload, row.variant), (None, None))
+        if place is not None and is_ours(row, model) and row.samples == images.get(place):
             found[place] = row
     return found
+
+
+def is_ours(row: GenerateRow | AlignRow, model: str) -> bool:
+    """In bf16, on the chip that targets are for."""
+    is_same = row.model == model and row.dtype == "bfloat16" and MEASURED in row.machine
+    return is_same and row.impl == ENGINE

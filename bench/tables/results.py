@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.generate.baseline import list_steps
-from bench.generate.rows import BASELINE, ENGINE, GenerateRow, keep_latest, read_rows
+from bench.generate.rows import BASELINE, ENGINE, GenerateRow, read_rows
 from bench.quality import WAYS, Way
 from bench.rows import RESULTS
-from bench.tables.format import format_rate, format_share, read_json
+from bench.tables.format import Row, cut_zero, format_rate, format_share, read_json
 from realign.runtime.forecast import StepNeeds, plan_steps
 from realign.runtime.settings import Settings
 from train.ablation.report import format_markdown
@@ -45,17 +45,25 @@ GENERATION = (
 
 def build_generation() -> str:
     """mini on a CPU against the reference's algorithm."""
-    rows = {
-        (row.workload, row.variant, row.impl): row
-        for row in keep_latest(read_rows(RESULTS / "generate.jsonl"))
-        if row.model == "mini"
-    }
+    measured = read_rows(RESULTS / "generate.jsonl")
+    rows = {(row.workload, row.variant, row.impl): row for row in measured if is_of_two_cores(vars(row))}
     lines = []
     for label, workload, variant, comparison in GENERATION:
         pair = [rows[workload, variant, impl] for impl in (ENGINE, BASELINE)]
         figures = [_format_pace(row, comparison) for row in pair]
         lines.append((label, *figures, f"{getattr(pair[0], comparison):.3g}"))
     return format_markdown([("mini, two CPU cores", "ours", "baseline", "times"), *lines])
+
+
+def is_of_two_cores(row: Row) -> bool:
+    """mini in float32, on two threads of a CPU."""
+    is_mini = row["model"] == "mini" and row["dtype"] == "float32"
+    return is_mini and row["threads"] == 2 and "NVIDIA" not in row["machine"]
+
+
+def read_result(benchmark: str) -> Row:
+    """The last row of `bench.evals`."""
+    return [row["result"] for row in read_json("evals.jsonl") if row["benchmark"] == benchmark][-1]
 
 
 def _format_pace(row: GenerateRow, comparison: str) -> str:
@@ -77,7 +85,7 @@ def build_quality() -> str:
             f"{row['velocity_error_mean']:.1%}",
             f"{row['all_right'][1]:.3f}",
         )
-        for row in {row["way"]: row for row in read_json("quality.jsonl") if row["model"] == "mini"}.values()
+        for row in {row["way"]: row for row in read_json("quality.jsonl") if is_of_two_cores(row)}.values()
     ]
     plain = count_runs(Way())
     columns = ("", f"branch runs of {plain}", "PSNR mean, worst (dB)", "velocity error", "all-right")
@@ -105,9 +113,9 @@ def count_runs(way: Way) -> int:
 
 def build_world() -> str:
     """mini on its world's test scenes."""
-    (row,) = read_json("world.json")
+    row = read_result("world")
     lines = [("text-to-image", format_share(row["t2i"]), "", "", "")]
-    stayed = f"{row['edit']['ic-cot']['preserved']:.3f}".replace("0.", ".")
+    stayed = cut_zero(row["edit"]["ic-cot"]["preserved"])
     tasks = {"in_context": "in-context generation", "edit": f"editing (what must stay, stayed: {stayed})"}
     for task, label in tasks.items():
         plain, reasoned = row[task]["none"], row[task]["ic-cot"]
@@ -116,8 +124,8 @@ def build_world() -> str:
                 label,
                 format_share(plain),
                 f"**{format_share(reasoned)}**",
-                f"+{format_share(row['margin'][task])}",
-                f"{reasoned['reasoning_correct']:.3f}",
+                format_share(row["margin"][task], sign="+"),
+                cut_zero(reasoned["reasoning_correct"]),
             )
         )
     columns = (
@@ -137,21 +145,23 @@ RANKED = {
     "size": "size",
     "place": "place",
     "background": "background",
-    "swapped_colours": "two objects' colours swapped",
+    "missing": "an object missing",
+    "extra": "an object too many",
+    "swap": "two objects' colours swapped",
 }
 
 
 def build_ranking() -> str:
     """The mini CLIP on pictures with a single thing wrong."""
-    (row,) = read_json("clip.json")
+    row = read_result("clip")
     sorts = ("rendered", "decoded", "generated")
     lines = [
-        (label, *(f"{row[sort][kind]['right']:.3f}".replace("0.", ".") for sort in sorts))
+        (label, *(f"{cut_zero(row[sort][kind]['right'])} of {row[sort][kind]['n']}" for sort in sorts))
         for kind, label in RANKED.items()
     ]
     return format_markdown([("wrong in", "rendered", "through the autoencoder", "generated"), *lines])
 
 
 def build_ablation() -> str:
-    """As `make ablation` printed it."""
+    """As `make ablation` printed it, copied from its run's folder."""
     return ABLATION.read_text(encoding="utf-8").strip()

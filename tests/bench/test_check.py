@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,18 +51,39 @@ def test_samples_that_depend_on_their_neighbours_are_found(monkeypatch):
 def test_recorded_steps_are_compared_with_launched_ones(monkeypatch):
     """A device that records: here nothing can be captured, so that only which way is taken shows."""
     ways = []
+
+    def call(step):
+        ways.append(step.is_captured)
+        step.graph = "recorded" if step.is_captured and replays else None
+        return step.function()
+
     monkeypatch.setattr(graphs, "CAPTURED_DEVICES", ("cpu",))
-    monkeypatch.setattr(
-        graphs.CapturedStep,
-        "__call__",
-        lambda step: (ways.append(step.is_captured), step.function())[1],
-    )
-    figures = list(check.check_graphs(Place(CPU, "float32", "mini")))
-    assert [figure.measured for figure in figures] == [0.0, 0.0]
+    monkeypatch.setattr(graphs.CapturedStep, "__call__", call)
+    place = Place(CPU, "float32", "mini")
+    replays = True
+    figures = list(check.check_graphs(place))
+    assert [figure.measured for figure in figures] == [0.0] * 9
     num_launched = ways.index(True)
     assert not any(ways[:num_launched])
     assert any(ways[num_launched:])
-    assert list(check.check_memory(Place(CPU, "float32", "mini"))) == []
+    replays = False
+    assert [figure.is_kept for figure in check.check_graphs(place)] == [True, True, False] * 3
+    assert list(check.check_memory(place)) == []
+
+
+def test_what_is_no_number_is_kept_by_nothing():
+    """Whichever comes first: `max` would lose it."""
+    cases = [SimpleNamespace(max_error=error, tolerance=1e-4) for error in (1e-5, math.nan, 2e-5)]
+    assert not Figure("parity", check.max_share(cases), 1.0).is_kept
+    good, bad = (make_sample(value) for value in (1.0, math.nan))
+    for pair in ([good, bad], [bad, good]):
+        assert math.isnan(check.compare(pair, pair)[1])
+    assert check.compare([good], [good]) == (0.0, 0.0)
+
+
+def make_sample(value: float) -> SimpleNamespace:
+    trajectory = SimpleNamespace(text_turns=(), latent_LC=torch.full((2, 3), value))
+    return SimpleNamespace(request=SimpleNamespace(id=str(value)), trajectory=trajectory)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])
